@@ -1,0 +1,1 @@
+"""Checkpoint → numbers that others can check."""

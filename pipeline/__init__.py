@@ -1,0 +1,1 @@
+"""URL list → shards → views with their augmentation vectors."""

@@ -1,0 +1,72 @@
+"""What every command shares: errors with an exit code, progress for people and for log files."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+OK, WORK_FAILED, WRONG_INPUT = 0, 1, 2
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class InputError(ValueError):
+    """Wrong input: names the thing, the place and the cure. The command exits 2."""
+
+
+class WorkFailed(RuntimeError):
+    """The input was right but the work could not be finished. The command exits 1."""
+
+
+def run(app: typer.Typer) -> None:
+    """Run a Typer app; our two errors become one clear line and an exit code instead of a traceback."""
+    try:
+        app()
+    except (InputError, WorkFailed) as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        sys.exit(WRONG_INPUT if isinstance(error, InputError) else WORK_FAILED)
+    except KeyboardInterrupt:
+        err.print("stopped by the keyboard", style="red")
+        sys.exit(130)
+
+
+def app(help: str) -> typer.Typer:
+    """A Typer app with the settings all our commands share."""
+    return typer.Typer(help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                       rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def existing(path: Path, what: str, cure: str = "") -> Path:
+    """`path` itself when it is there, an InputError that names it otherwise."""
+    if not path.exists():
+        raise InputError(f"{what} {path} does not exist" + (f": {cure}" if cure else ""))
+    return path
+
+
+def say(line: str) -> None:
+    """One plain line on standard output."""
+    out.print(line, markup=False)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        yield progress
+
+
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` while showing a progress bar; when standard error is no terminal, stay silent."""
+    if not err.is_terminal:
+        yield from items
+        return
+    with _bar() as bar:
+        yield from bar.track(items, total=total, description=what)

@@ -1,0 +1,1 @@
+"""Batch → embeddings → loss → checkpoint."""
