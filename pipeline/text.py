@@ -1,0 +1,95 @@
+"""Caption → token ids: CLIP's vocabulary, or a byte-level BPE trained on one's own captions, one class for both."""
+
+import gzip
+import html
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import ftfy
+import numpy as np
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from pipeline.console import InputError
+
+START, END, PAD = "<start_of_text>", "<end_of_text>", "<pad>"
+CLIP_MERGES = 49_152 - 256 - 2
+_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+_SPACES = re.compile(r"\s+")
+
+
+def clean(caption: str) -> str:
+    """CLIP's normalisation: mojibake mended, HTML entities decoded twice, spaces collapsed, lower case."""
+    return _SPACES.sub(" ", html.unescape(html.unescape(ftfy.fix_text(caption)))).strip().lower()
+
+
+def _byte_letters() -> list[str]:
+    """The 256 printable stand-ins for bytes, in the order of CLIP's vocabulary (printable ones first)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(others)]
+
+
+def _words() -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+class CaptionTokenizer:
+    """Captions → (n, context) int64 ids: start token, text, end token, padding with id 0.
+
+    The text is cut so that the end token is always there. Special tokens written inside a caption are plain text.
+    """
+
+    def __init__(self, bpe: Tokenizer, context: int):
+        self._bpe, self.context = bpe, context
+        start, end = bpe.token_to_id(START), bpe.token_to_id(END)
+        if start is None or end is None:
+            raise InputError(f"tokenizer has no {START} or {END}: use one that this project wrote")
+        self.start_id, self.end_id, self.vocab_size = start, end, bpe.get_vocab_size()
+
+    def __call__(self, captions: list[str]) -> np.ndarray:
+        """→ (n, context) int64."""
+        ids = np.zeros((len(captions), self.context), np.int64)
+        for row, encoded in zip(ids, self._bpe.encode_batch([clean(c) for c in captions], add_special_tokens=False),
+                                strict=True):
+            tokens = [self.start_id, *encoded.ids[: self.context - 2], self.end_id]
+            row[: len(tokens)] = tokens
+        return ids
+
+    def to_json(self) -> str:
+        """The `tokenizers` file format."""
+        return self._bpe.to_str()
+
+    @classmethod
+    def from_json(cls, json: str, context: int) -> "CaptionTokenizer":
+        """What `to_json` wrote."""
+        return cls(Tokenizer.from_str(json), context)
+
+    @classmethod
+    def clip(cls, context: int = 77) -> "CaptionTokenizer":
+        """CLIP's byte-pair vocabulary of 49,408, read from the merges that open_clip_torch carries."""
+        spec = importlib.util.find_spec("open_clip")  # found, not imported: importing it takes seconds
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError("open_clip_torch is not installed: it carries CLIP's vocabulary (pip install open_clip_torch)")
+        path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : CLIP_MERGES + 1]
+        merges = [(left, right) for left, right in (line.split() for line in lines)]
+        letters = _byte_letters()
+        tokens = [*letters, *(x + "</w>" for x in letters), *(a + b for a, b in merges), START, END]
+        vocab = {token: number for number, token in enumerate(tokens)}
+        bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix=""))
+        bpe.pre_tokenizer = _words()
+        return cls(bpe, context)
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int, context: int) -> "CaptionTokenizer":
+        """A byte-level BPE of at most `vocab_size` tokens, learnt from `captions`."""
+        bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+        bpe.pre_tokenizer = _words()
+        alphabet = _byte_letters()
+        bpe.train_from_iterator((clean(c) for c in captions), trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[PAD, START, END], initial_alphabet=alphabet,
+            end_of_word_suffix="</w>", show_progress=False))
+        return cls(bpe, context)
