@@ -52,16 +52,16 @@ def philox(counter_4: tuple[np.ndarray, ...], key: int) -> np.ndarray:
     return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
 
-def uniforms(seed: int, epoch: int, repeat: np.ndarray | int, sample_id_B: np.ndarray, stream: int, item: int,
-             count: int) -> np.ndarray:
+def uniforms(seed: int, epoch: np.ndarray | int, repeat: np.ndarray | int, sample_id_B: np.ndarray, stream: int,
+             item: int, count: int) -> np.ndarray:
     """`count` independent numbers in (0, 1) for each sample → (count, B) float64.
 
-    `item` tells apart uses within a stream (the view's index); at most 256 items, 255 repeats and 1,024 numbers.
+    epoch and repeat may differ by sample. `item` tells apart uses within a stream (the view's index); at most 256 items, 255 repeats and 1,024 numbers.
     """
     ids = np.asarray(sample_id_B, dtype=np.int64).view(np.uint64)
     block = np.arange(-(-count // 4), dtype=np.uint64)[:, None]
     use = (np.uint64(stream) << np.uint64(24)) | (np.asarray(repeat, np.uint64) << np.uint64(16)) | np.uint64(item << 8)
-    words = philox((ids & _LOW, ids >> _SHIFT, np.uint64(epoch), use | block), seed)
+    words = philox((ids & _LOW, ids >> _SHIFT, np.asarray(epoch, np.uint64), use | block), seed)
     return (words.transpose(1, 0, 2).reshape(-1, len(ids))[:count].astype(np.float64) + 0.5) * 2.0**-32
 
 
@@ -83,8 +83,8 @@ def _crop(u: np.ndarray, kind: ViewKind, width_B: np.ndarray, height_B: np.ndarr
     return np.stack([place_x * (1 - w_B), place_y * (1 - h_B), w_B, h_B], axis=1)
 
 
-def _view(seed: int, epoch: int, repeat: np.ndarray | int, ids_B: np.ndarray, size_B2: np.ndarray, view: int,
-          kind: ViewKind) -> np.ndarray:
+def _view(seed: int, epoch: np.ndarray | int, repeat: np.ndarray | int, ids_B: np.ndarray, size_B2: np.ndarray,
+          view: int, kind: ViewKind) -> np.ndarray:
     u = uniforms(seed, epoch, repeat, ids_B, VIEW_STREAM, view, 2 * CROP_ATTEMPTS + 11)
     gate_jitter, b, c, s, h, gate_gray, gate_blur, sigma, gate_flip = u[2 * CROP_ATTEMPTS + 2 :]
     vector = np.tile(IDENTITY.astype(np.float64), (len(ids_B), 1))
@@ -98,8 +98,8 @@ def _view(seed: int, epoch: int, repeat: np.ndarray | int, ids_B: np.ndarray, si
     return vector.astype(np.float32)
 
 
-def sample_vectors(seed: int, epoch: int, repeat: np.ndarray | int, sample_id_B: np.ndarray, size_B2: np.ndarray,
-                   kinds: tuple[ViewKind, ...]) -> np.ndarray:
+def sample_vectors(seed: int, epoch: np.ndarray | int, repeat: np.ndarray | int, sample_id_B: np.ndarray,
+                   size_B2: np.ndarray, kinds: tuple[ViewKind, ...]) -> np.ndarray:
     """Vectors of B samples → (B, V, 11) float32 (METHOD: `schema.VECTOR` names the numbers).
 
     size_B2: upright width and height in pixels. Raises ValueError when there is no view kind or more than 256.
@@ -110,7 +110,7 @@ def sample_vectors(seed: int, epoch: int, repeat: np.ndarray | int, sample_id_B:
     return np.stack(views, axis=1) if len(sample_id_B) else np.empty((0, len(kinds), VECTOR_SIZE), np.float32)
 
 
-def draw_captions(seed: int, epoch: int, repeat: np.ndarray | int, sample_id_B: np.ndarray,
+def draw_captions(seed: int, epoch: np.ndarray | int, repeat: np.ndarray | int, sample_id_B: np.ndarray,
                   count_B: np.ndarray) -> np.ndarray:
     """Which of each sample's captions to use: uniform in 0…count−1 → (B,) int64."""
     u = uniforms(seed, epoch, repeat, sample_id_B, CAPTION_STREAM, 0, 1)[0]
