@@ -1,11 +1,58 @@
 """`uniclip-train`: parse, call one function, print. Heavy imports live inside the commands."""
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from pipeline.console import app as make_app
-from pipeline.console import run
+from pipeline.console import run as run_app
+from pipeline.console import say
 
 app = make_app("Train UniCLIP and the systems it is compared with.")
 
 
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")],
+    set_: Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one value; repeatable.")] = [],  # noqa: B006
+) -> None:
+    """Start a run.
+
+    Example: `uniclip-train run scenes-tiny --set data.index=shards --set optim.lr=5e-4`
+    """
+    from trainer.config import load_config
+
+    resolved = load_config(config, set_)
+    from trainer.train import start, train
+
+    say(f"checkpoint {train(resolved, start(resolved))}")
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(help="The folder of the run.")]) -> None:
+    """Go on with a run from its latest complete checkpoint, exactly as if it had never stopped.
+
+    Example: `uniclip-train resume runs/scenes-tiny`
+    """
+    from trainer.train import resume as resume_run
+    from trainer.train import train
+
+    say(f"checkpoint {train(*resume_run(folder))}")
+
+
+@app.command()
+def presets() -> None:
+    """List the configurations that come with the package.
+
+    Example: `uniclip-train presets`
+    """
+    from trainer.config import presets as known
+
+    for name, path in known().items():
+        say(f"{name:16} {path.read_text().splitlines()[0].lstrip('# ')}")
+
+
 def main() -> None:
     """Entry point of `uniclip-train`."""
-    run(app)
+    run_app(app)

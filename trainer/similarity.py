@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 DOMAIN_PAIRS = ("image-image", "image-text", "text-text")
-SIMILARITIES = ("domain", "shared")
 TEMPERATURE_FLOOR = 0.01
 
 
 class Similarity(nn.Module):
     """τ and b of the three domain pairs; ℓ_ij = (cos(z_i, z_j) − b_D) / τ_D.
 
-    kind "domain": three of each (Eq. 16). kind "shared": one τ, and b frozen at 0, where it has no effect (Eq. 14).
+    kind "domain": three of each (Eq. 16). kind "shared": one of each (Eq. 14).
     The floor is applied in place after the optimizer's step: a clamp in forward has no gradient below it.
     """
 
@@ -21,7 +20,7 @@ class Similarity(nn.Module):
         super().__init__()
         count = {"domain": 3, "shared": 1}[kind]
         self.log_temperature = nn.Parameter(torch.full((count,), math.log(temperature)))
-        self.offset = nn.Parameter(torch.zeros(count), requires_grad=learn_offset and kind == "domain")
+        self.offset = nn.Parameter(torch.zeros(count), requires_grad=learn_offset)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """→ temperatures (3,) and offsets (3,) in the order of DOMAIN_PAIRS."""

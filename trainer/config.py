@@ -1,0 +1,233 @@
+"""A run is one TOML file, read once into frozen models that refuse unknown keys."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.console import InputError
+from pipeline.sampling import STRONG, WEAK, ViewKind
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+class Section(BaseModel):
+    """Frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Range = tuple[float, float]
+
+
+class ViewConfig(Section):
+    """How one kind of view is drawn; see pipeline.sampling.ViewKind."""
+
+    area: Range
+    aspect: Range = WEAK.aspect
+    jitter: tuple[float, float, float, float] = WEAK.jitter
+    jitter_p: float = Field(0.0, ge=0, le=1)
+    gray_p: float = Field(0.0, ge=0, le=1)
+    blur_sigma: Range = WEAK.blur_sigma
+    blur_p: float = Field(0.0, ge=0, le=1)
+    flip_p: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "ViewConfig":
+        for name in ("area", "aspect", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} = [{low}, {high}] is no range: 0 < low ≤ high")
+        if self.area[1] > 1:
+            raise ValueError(f"area = {list(self.area)} is larger than the image: at most 1")
+        return self
+
+
+def _view_config(kind: ViewKind) -> ViewConfig:
+    return ViewConfig(**vars(kind))
+
+
+class DataConfig(Section):
+    """Where samples come from and what is drawn from each."""
+
+    index: Path
+    views: tuple[Literal["weak", "strong"], ...] = Field(("weak", "strong", "strong"), min_length=1)
+    weak: ViewConfig = _view_config(WEAK)
+    strong: ViewConfig = _view_config(STRONG)
+    executor: Literal["auto", "dali", "pillow"] = "auto"
+    threads: int = Field(0, ge=0)
+    bad_sample_budget: float = Field(0.01, ge=0, le=1)
+
+    def kinds(self) -> tuple[ViewKind, ...]:
+        """The kinds of the views, in order."""
+        return tuple(ViewKind(**vars(getattr(self, name))) for name in self.views)
+
+
+class ImageConfig(Section):
+    """f_I: a timm ViT; patch, width, depth and heads override the architecture's own."""
+
+    arch: str
+    size: int = Field(224, gt=0)
+    patch: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0)
+    depth: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0)
+
+
+class TextConfig(Section):
+    """f_T and its vocabulary: CLIP's, or a byte-level BPE of `vocab_size` trained on the run's captions."""
+
+    vocabulary: Literal["clip", "train"] = "clip"
+    vocab_size: int = Field(4096, ge=300)
+    context: int = Field(77, ge=3)
+    width: int = Field(512, gt=0)
+    depth: int = Field(12, gt=0)
+    heads: int = Field(8, gt=0)
+    pooling: Literal["start", "end"] = "start"
+
+
+class HeadConfig(Section):
+    """g_I, and whether it sees f_A's embedding of the augmentation vector."""
+
+    kind: Literal["residual", "mlp"] = "residual"
+    depth: int = Field(3, ge=1)
+    augmentation: bool = True
+    augmentation_width: int = Field(256, gt=0)
+
+
+class SimilarityConfig(Section):
+    """Eq. 16 ("domain") or Eq. 14 ("shared"), and where its parameters start."""
+
+    kind: Literal["domain", "shared"] = "domain"
+    temperature: float = Field(0.07, ge=0.01)
+
+
+class ModelConfig(Section):
+    """The UniCLIP model."""
+
+    dim: int = Field(512, gt=0)
+    image: ImageConfig
+    text: TextConfig = TextConfig()
+    head: HeadConfig = HeadConfig()
+    similarity: SimilarityConfig = SimilarityConfig()
+
+
+class LossConfig(Section):
+    """A member of trainer.losses.LOSSES."""
+
+    name: Literal["mp_nce", "mp_nce_unweighted", "multi_positive_infonce", "mil_nce", "supcon"] = "mp_nce"
+    supervision: Literal["unified", "separate"] = "unified"
+
+    @model_validator(mode="after")
+    def _separable(self) -> "LossConfig":
+        if self.supervision == "separate" and self.name in {"mil_nce", "supcon"}:
+            raise ValueError(f"supervision \"separate\" is undefined for {self.name}: use \"unified\"")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW with warm-up and a cosine to zero; all lengths in samples, so another GPU count changes nothing."""
+
+    samples: int = Field(gt=0)
+    batch_size: int = Field(gt=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup_samples: int = Field(0, ge=0)
+    betas: Range = (0.9, 0.98)
+    weight_decay: float = Field(0.2, ge=0)
+    clip: float = Field(1.0, gt=0)
+
+
+class RunConfig(Section):
+    """Where the run lives, what it runs on, how often it writes."""
+
+    folder: Path
+    seed: int = Field(0, ge=0, lt=2**63)
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = Field(10, gt=0)
+    save_every_samples: int = Field(gt=0)
+    keep: int = Field(2, gt=0)
+
+
+class Config(Section):
+    """One run."""
+
+    data: DataConfig
+    model: ModelConfig
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig
+    run: RunConfig
+
+    @property
+    def learns_offset(self) -> bool:
+        """b has no effect under shared similarity or separate supervision (Eq. 15); it stays frozen at 0 there."""
+        return self.model.similarity.kind == "domain" and self.loss.supervision == "unified"
+
+    def to_toml(self) -> str:
+        """The resolved file, as stored in the run folder."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def presets() -> dict[str, Path]:
+    """Name → file of the presets that come with the package."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
+
+
+def load_config(source: str, overrides: list[str] | None = None) -> Config:
+    """A preset's name or a TOML file, with `a.b=value` overrides → Config. Raises InputError."""
+    path = presets().get(source, Path(source))
+    if not path.is_file():
+        near = difflib.get_close_matches(source, presets(), 1, 0.4)
+        raise InputError(f"no configuration {source}: neither a TOML file nor a preset"
+                         + (f"; did you mean {near[0]}?" if near else f" ({', '.join(presets())})"))
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+    for override in overrides or []:
+        _set(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    """Apply `a.b=value`; the value is TOML, or plain text where it is not."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write it as section.key=value, for example --set optim.lr=5e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {override}: {parent!r} is a value, not a section")
+    values[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as place, fault and cure."""
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {place}{_nearest(error['loc'])}"
+    if error["type"] == "missing":
+        return f"{place} is missing: set it in the file or with --set {place}=…"
+    return f"{place} = {error['input']!r}: {error['msg']}"
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    """The nearest valid key beside an unknown one."""
+    section: Any = Config
+    for part in loc[:-1]:
+        section = section.model_fields[part].annotation
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), names, 1, 0.5)
+    prefix = "".join(f"{part}." for part in loc[:-1])
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(names)}"

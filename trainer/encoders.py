@@ -1,0 +1,72 @@
+"""f_I and f_T: a timm ViT, and a text transformer of timm's blocks (METHOD §3)."""
+
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+POOLINGS = ("start", "end")
+
+
+class ImageEncoder(nn.Module):
+    """f_I: image → h, the class token after the final norm. It never sees the augmentation vector.
+
+    `arch` is a timm ViT name; patch, width, depth and heads override its own where given. Raises ValueError for a timm
+    model that is no ViT with a class token.
+    """
+
+    def __init__(self, arch: str, size: int, patch: int | None = None, width: int | None = None,
+                 depth: int | None = None, heads: int | None = None):
+        super().__init__()
+        own = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        vit = timm.create_model(arch, pretrained=False, num_classes=0, img_size=size, global_pool="token",
+                                **{name: value for name, value in own.items() if value is not None})
+        if not isinstance(vit, VisionTransformer) or vit.cls_token is None:
+            raise ValueError(f"{arch} is not a timm VisionTransformer with a class token")
+        self.vit, self.width, self.size = vit, vit.num_features, size
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """(B, 3, S, S) → h (B, width)."""
+        return self.vit(image_BCHW)
+
+
+class TextEncoder(nn.Module):
+    """f_T: token ids → the last activation of the start token, or of the end token.
+
+    The start token sees the caption only under bidirectional attention; the end token is CLIP's and goes with causal
+    attention. Padding is whatever follows the first end token.
+    """
+
+    def __init__(self, vocab_size: int, context: int, width: int, depth: int, heads: int, end_id: int,
+                 pooling: str = "start"):
+        super().__init__()
+        self.pooling, self.end_id, self.width = pooling, end_id, width
+        self.token = nn.Embedding(vocab_size, width)
+        self.position = nn.Parameter(torch.empty(context, width))
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.apply(_initialise)
+        nn.init.normal_(self.token.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.01)
+
+    def forward(self, token_BL: Tensor) -> Tensor:
+        """(B, L) int64 → (B, width)."""
+        is_end_BL = token_BL == self.end_id
+        real_BL = is_end_BL.cumsum(1) - is_end_BL.long() == 0
+        x_BLW = self.token(token_BL) + self.position[: token_BL.shape[1]]
+        mask = real_BL[:, None, None, :]
+        if self.pooling == "end":
+            length = token_BL.shape[1]
+            mask = mask & torch.ones(length, length, dtype=torch.bool, device=token_BL.device).tril()
+        for block in self.blocks:
+            x_BLW = block(x_BLW, attn_mask=mask)
+        at_B = torch.zeros_like(token_BL[:, 0]) if self.pooling == "start" else real_BL.sum(1) - 1
+        return self.norm(x_BLW[torch.arange(len(x_BLW), device=x_BLW.device), at_B])
+
+
+def _initialise(module: nn.Module) -> None:
+    """timm's ViT initialisation, for the blocks that timm initialises only inside its own models."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,53 @@
+"""UniCLIP: two towers, the augmentation encoder, residual heads, one embedding space."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.schema import IDENTITY
+from trainer.config import ModelConfig
+from trainer.encoders import ImageEncoder, TextEncoder
+from trainer.heads import HEADS, AugmentationEncoder
+from trainer.similarity import Similarity
+
+
+class UniCLIP(nn.Module):
+    """f_I, f_T, f_A, g_I, g_T and the similarity's τ and b. Embeddings are raw: losses and evaluation normalise them.
+
+    B groups, V views, T texts, L tokens, A = 11, D embedding. Without `head.augmentation` there is no f_A.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, end_id: int, learn_offset: bool = True):
+        super().__init__()
+        image, text, head = config.image, config.text, config.head
+        self.image = ImageEncoder(image.arch, image.size, image.patch, image.width, image.depth, image.heads)
+        self.text = TextEncoder(vocab_size, text.context, text.width, text.depth, text.heads, end_id, text.pooling)
+        self.augmentation = AugmentationEncoder(head.augmentation_width) if head.augmentation else None
+        condition = head.augmentation_width if head.augmentation else 0
+        self.image_head = HEADS[head.kind](self.image.width, condition, head.depth, config.dim)
+        self.text_head = nn.Linear(text.width, config.dim)
+        self.similarity = Similarity(config.similarity.kind, config.similarity.temperature, learn_offset)
+        self.register_buffer("identity_A", torch.from_numpy(IDENTITY.copy()), persistent=False)
+
+    def image_features(self, image_BCHW: Tensor) -> Tensor:
+        """h: what linear probe and fine-tuning use → (B, width)."""
+        return self.image(image_BCHW)
+
+    def encode_image(self, image_BCHW: Tensor, vector_BA: Tensor | None = None) -> Tensor:
+        """z of images seen through the augmentation `vector_BA`; the identity when it is not given → (B, D)."""
+        h_BW = self.image(image_BCHW)
+        if self.augmentation is None:
+            return self.image_head(h_BW)
+        if vector_BA is None:
+            vector_BA = self.get_buffer("identity_A").expand(len(h_BW), -1)
+        return self.image_head(h_BW, self.augmentation(vector_BA))
+
+    def encode_text(self, token_BL: Tensor) -> Tensor:
+        """z of captions → (B, D)."""
+        return self.text_head(self.text(token_BL))
+
+    def forward(self, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> tuple[Tensor, Tensor]:
+        """V tensors (B, 3, S, S), vectors, tokens → image (B, V, D) and text (B, T, D) embeddings."""
+        count, texts = len(views), token_BTL.shape[1]
+        z_image = self.encode_image(torch.cat(views), vector_BVA.transpose(0, 1).flatten(0, 1))
+        z_text = self.encode_text(token_BTL.flatten(0, 1))
+        return z_image.unflatten(0, (count, -1)).transpose(0, 1), z_text.unflatten(0, (-1, texts))
