@@ -1,0 +1,75 @@
+"""A picture of what the stream does: image with crop boxes, its views, each view's vector as bars."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from pipeline.images import upright_rgb
+from pipeline.index import Index
+from pipeline.loader import ShardReader
+from pipeline.order import Order
+from pipeline.replay import pixels
+from pipeline.sampling import ViewKind, draw_captions, sample_vectors
+from pipeline.schema import IDENTITY, VECTOR
+
+COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
+_CELL = 2.1  # inches
+
+
+def _original(axes, image: Image.Image, vector_VA: np.ndarray, caption: str) -> None:
+    axes.imshow(image)
+    for v, (x, y, w, h) in enumerate(vector_VA[:, :4]):
+        axes.add_patch(Rectangle((x * image.width, y * image.height), w * image.width, h * image.height, fill=False,
+                                 edgecolor=COLORS[v % len(COLORS)], linewidth=2))
+    axes.set_title(caption if len(caption) < 60 else caption[:57] + "…", fontsize=7, wrap=True)
+
+
+def _bars(axes, vector_VA: np.ndarray) -> None:
+    """Each number's distance from its identity; one row of bars a field, one colour a view."""
+    change_VA = vector_VA - IDENTITY
+    height = 0.8 / len(change_VA)
+    for v, change_A in enumerate(change_VA):
+        axes.barh(np.arange(len(VECTOR)) + v * height, change_A, height, color=COLORS[v % len(COLORS)])
+    axes.set_yticks(np.arange(len(VECTOR)) + 0.4 - height / 2, [field.name for field in VECTOR], fontsize=6)
+    axes.tick_params(axis="x", labelsize=6)
+    axes.set_xlim(-1.05, max(1.05, float(change_VA.max()) * 1.05))
+    axes.axvline(0, color="black", linewidth=0.5)
+    axes.invert_yaxis()
+
+
+def _row(axes, image: Image.Image, vector_VA: np.ndarray, caption: str, kinds: list[str], size: int) -> None:
+    _original(axes[0], image, vector_VA, caption)
+    for v, vector_A in enumerate(vector_VA):
+        axes[1 + v].imshow(pixels(image, vector_A, size))
+        axes[1 + v].set_title(kinds[v], fontsize=8, color=COLORS[v % len(COLORS)])
+    for panel in axes[:-1]:
+        panel.set_xticks([])
+        panel.set_yticks([])
+    _bars(axes[-1], vector_VA)
+
+
+def draw_views(index: Index, out: Path, kinds: dict[str, ViewKind], views: list[str], size: int, samples: int,
+               seed: int) -> None:
+    """Write the picture of the first `samples` samples that a run with this seed would see.
+
+    views: names in `kinds`; size: side of a view in pixels. Raises Undecodable, OSError.
+    """
+    rows, epochs = Order(seed, tuple(int(s) for s in index.shard_starts)).rows(0, min(samples, len(index)))
+    columns = index.columns(rows)
+    sizes = np.stack([columns["width"], columns["height"]], axis=1)
+    vectors = sample_vectors(seed, epochs, 0, columns["sample_id"], sizes, tuple(kinds[v] for v in views))
+    captions = [index.captions(int(row)) for row in rows]
+    drawn = draw_captions(seed, epochs, 0, columns["sample_id"], np.array([len(c) for c in captions]))
+    reader = ShardReader(index.folder, index.shards)
+    figure = Figure(figsize=(_CELL * (2.4 + len(views)), _CELL * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), 2 + len(views), squeeze=False, width_ratios=[1] * (1 + len(views)) + [1.4])
+    for b, axes in enumerate(grid):
+        data = reader.read(*(int(columns[name][b]) for name in ("shard", "offset", "size")))
+        _row(axes, upright_rgb(data), vectors[b], captions[b][drawn[b]], views, size)
+    reader.close()
+    figure.savefig(out, dpi=110)

@@ -1,0 +1,55 @@
+"""Tokens equal open_clip's; a trained vocabulary survives its file."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pipeline.text import CaptionTokenizer
+
+CAPTIONS = ["a small red circle left of a large blue square", "Hello  WORLD!! it's 2024 &amp;amp; café 😀 naïve",
+            "", "don't we'll 'quoted' -- 12345", "日本語テキスト", "a" * 400, "x " * 200, "weird\tspace â€œmojibakeâ€\x9d"]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    import open_clip
+
+    return open_clip.get_tokenizer("ViT-B-32")
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return CaptionTokenizer.clip()
+
+
+def test_clips_vocabulary_has_its_size_and_specials(clip):
+    assert (clip.vocab_size, clip.start_id, clip.end_id) == (49_408, 49_406, 49_407)
+
+
+def test_ids_equal_open_clips(clip, reference):
+    assert np.array_equal(clip(CAPTIONS), reference(CAPTIONS).numpy())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=60))
+def test_ids_equal_open_clips_on_any_text(clip, reference, text):
+    assume("_of_text>" not in text.lower())  # open_clip lets a caption forge special tokens; we do not
+    assert np.array_equal(clip([text]), reference([text]).numpy())
+
+
+def test_a_trained_vocabulary_survives_its_file():
+    tokenizer = CaptionTokenizer.train(CAPTIONS * 20, 400, 16)
+    again = CaptionTokenizer.from_json(tokenizer.to_json(), 16)
+    ids = tokenizer(CAPTIONS)
+    assert np.array_equal(again(CAPTIONS), ids)
+    assert ids.shape == (len(CAPTIONS), 16)
+    assert (ids[:, 0] == tokenizer.start_id).all()
+    assert ((ids == tokenizer.end_id).sum(1) == 1).all()
+    assert tokenizer.vocab_size <= 400
+
+
+def test_a_caption_cannot_forge_special_tokens(clip):
+    ids = clip(["<end_of_text> after"])[0]
+    assert (ids == clip.end_id).sum() == 1
+    assert ids[1] != clip.end_id
