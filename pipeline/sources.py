@@ -1,0 +1,239 @@
+"""Any table of URLs and captions → urls.parquet, every row accounted for.
+
+Rows travel: read → scattered by hash of the URL, so that equal URLs meet in one bucket that fits in memory → united →
+scattered by row number, so that the order of the source comes back. Memory is one bucket, however long the table.
+"""
+
+import difflib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.console import InputError, WorkFailed, existing
+from pipeline.files import replacing
+from pipeline.progress import Meter
+from pipeline.schema import URLS, sample_id_of
+from pipeline.tables import READERS, Table
+
+_CHUNK_ROWS = 65_536
+_BUCKET_BYTES = 64_000_000  # of text; what is built from it in memory is about five times as large
+_PARQUET_SQUEEZE = 4  # text is about this much larger than the Parquet file that holds it
+_PATH_SAFE = "/~!$&'()*+,;=:@"  # legal in a URL's path, so left as they are by --url-prefix
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which columns to take, from which rows. `where`: (column, value) pairs that all must hold."""
+
+    url: str
+    captions: tuple[str, ...]
+    url_prefix: str = ""
+    where: tuple[tuple[str, str], ...] = ()
+    source: str = ""
+
+
+@dataclass
+class Tally:
+    """rows = unselected + urls + merged + refused. Reasons map to (count, first line)."""
+
+    rows: int = 0
+    unselected: int = 0
+    urls: int = 0
+    merged: int = 0
+    reasons: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> int:
+        return sum(count for count, _ in self.reasons.values())
+
+    def refuse(self, line: int, reason: str) -> None:
+        count, first = self.reasons.get(reason, (0, line))
+        self.reasons[reason] = count + 1, first
+
+    def lines(self) -> list[str]:
+        """The sum, for people."""
+        parts = [(self.rows, "rows"), (-self.unselected, "not selected"), (-self.merged, "merged into an equal URL"),
+                 (-self.refused, "refused"), (self.urls, "URLs")]
+        detail = [f"  {count:>10,}  {reason} (first in line {first:,})"
+                  for reason, (count, first) in sorted(self.reasons.items(), key=lambda item: -item[1][0])]
+        lines = [f"{count:>12,}  {what}" for count, what in parts if count]
+        return [*lines[:-1], *detail, lines[-1]] if detail else lines
+
+    def why_nothing(self) -> str:
+        """One line for a table that gives no URL at all."""
+        if not self.reasons:
+            return "no row of the table has the values --where asks for" if self.rows else "the table has no rows"
+        reason, (count, first) = max(self.reasons.items(), key=lambda item: item[1])
+        return f"no usable row: {count:,} of {self.rows:,} refused with {reason!r}, first in line {first}"
+
+
+def condition(text: str) -> tuple[str, str]:
+    """`COLUMN=VALUE` as --where takes it."""
+    column, equals, value = text.partition("=")
+    if not (column and equals):
+        raise InputError(f"--where {text!r} must read COLUMN=VALUE, as in --where split=train")
+    return column, value
+
+
+def _column(names: list[str], wanted: str, path: Path) -> int:
+    if wanted in names:
+        return names.index(wanted)
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    raise InputError(f"{path} has no column {wanted!r}{hint} Its columns: {', '.join(names)}")
+
+
+def _cells(value: Any) -> list[str]:
+    """The non-empty texts of one cell, which in JSON and Parquet may be a list."""
+    values = value if isinstance(value, list) else [value]
+    return [text for v in values if v is not None and (text := str(v).strip())]
+
+
+class _Selector:
+    """Row as read → (url, captions), the reason it is refused, or None when it is not asked for."""
+
+    def __init__(self, table: Table, choice: Choice, path: Path):
+        self.prefix = choice.url_prefix
+        self.url = _column(table.names, choice.url, path)
+        self.captions = [_column(table.names, name, path) for name in choice.captions]
+        self.where = [(_column(table.names, name, path), value) for name, value in choice.where]
+        self.seen: Counter[str] = Counter()  # values of the --where columns, for the message when none fits
+
+    def __call__(self, cells: list[Any]) -> tuple[str, list[str]] | str | None:
+        for column, value in self.where:
+            if str(cells[column]) != value:
+                if len(self.seen) < 20:
+                    self.seen[str(cells[column])] += 1
+                return None
+        urls = _cells(cells[self.url])
+        if not urls:
+            return "empty url"
+        url = self.prefix + quote(urls[0], safe=_PATH_SAFE, errors="surrogateescape") if self.prefix else urls[0]
+        captions = list(dict.fromkeys(text for column in self.captions for text in _cells(cells[column])))
+        try:
+            "".join([urls[0], *captions]).encode()
+        except UnicodeEncodeError:
+            return "not UTF-8"
+        return (url, captions) if captions else "empty caption"
+
+
+def _chunks(table: Table, select: _Selector, source: str, refuse: Callable[[int, str], None],
+            tally: Tally) -> Iterator[pa.Table]:
+    """Tables of schema.URLS, duplicates still in them."""
+    columns: tuple[list, ...] = ([], [], [])
+    with Meter("reading", table.total) as meter:
+        for line, cells in table.rows:
+            tally.rows += 1
+            found = select(cells) if isinstance(cells, list) else cells
+            if isinstance(found, str):
+                refuse(line, found)
+            elif found is None:
+                tally.unselected += 1
+            else:
+                for column, value in zip(columns, (*found, tally.rows), strict=True):
+                    column.append(value)
+            if tally.rows % _CHUNK_ROWS == 0:
+                meter.at(table.position())
+            if len(columns[0]) == _CHUNK_ROWS:
+                yield _as_table(columns, source)
+                columns = ([], [], [])
+    yield _as_table(columns, source)
+
+
+def _as_table(columns: tuple[list, ...], source: str) -> pa.Table:
+    urls, captions, rows = columns
+    ids = [sample_id_of(url) for url in urls]
+    return pa.table([urls, captions, [source] * len(urls), rows, ids], schema=URLS)
+
+
+# --- duplicates and order
+
+
+def _scatter(tables: Iterable[pa.Table], part_of: Callable[[pa.Table], np.ndarray], parts: int,
+             folder: Path) -> list[Path]:
+    """Each row into file `part_of` it, of `parts`; order is kept inside a file."""
+    folder.mkdir()
+    paths = [folder / f"{part}.arrow" for part in range(parts)]
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_stream(path, URLS)) for path in paths]
+        for table in tables:
+            belongs = part_of(table)
+            for part in np.unique(belongs):
+                writers[part].write_table(table.take(np.flatnonzero(belongs == part)))
+    return paths
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.ipc.open_stream(path) as stream:
+        return stream.read_all()
+
+
+def _united(bucket: pa.Table, tally: Tally) -> pa.Table:
+    """Equal URLs become one row, the first, with all their captions in order, each text once."""
+    codes = bucket["url"].combine_chunks().dictionary_encode().indices.to_numpy()
+    repeated = np.bincount(codes)[codes] > 1 if len(codes) else np.zeros(0, bool)
+    captions: dict[int, dict[str, None]] = {}
+    for code, texts in zip(codes[repeated], bucket["captions"].filter(repeated).to_pylist(), strict=True):
+        captions.setdefault(int(code), {}).update(dict.fromkeys(texts))
+    first = np.unique(codes, return_index=True)[1]
+    first = first[repeated[first]]
+    joined = pa.array([list(captions[int(code)]) for code in codes[first]], URLS.field("captions").type)
+    merged = bucket.take(first).set_column(URLS.get_field_index("captions"), "captions", joined)
+    tally.merged += int(repeated.sum()) - len(first)
+    return pa.concat_tables([bucket.filter(~repeated), merged])
+
+
+def _write(chunks: Iterator[pa.Table], out: Path, buckets: int, tally: Tally) -> None:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        by_hash = _scatter(chunks, lambda t: t["sample_id"].to_numpy() % buckets, buckets, Path(scratch, "hash"))
+        if tally.rows == tally.unselected + tally.refused:
+            raise InputError(tally.why_nothing())
+        by_row = _scatter((_united(_read(path), tally) for path in by_hash),
+                          lambda t: (t["source_row"].to_numpy() - 1) * buckets // tally.rows, buckets,
+                          Path(scratch, "row"))
+        with replacing(out) as temporary, pq.ParquetWriter(temporary, URLS, compression="zstd") as writer:
+            for path in by_row:
+                rows = _read(path).sort_by("source_row")
+                tally.urls += rows.num_rows
+                writer.write_table(rows, row_group_size=_CHUNK_ROWS)
+            if tally.rows != tally.unselected + tally.refused + tally.merged + tally.urls:
+                raise WorkFailed(f"the rows do not add up, {out} is not written: {tally}")
+
+
+def write_urls(path: Path, out: Path, choice: Choice) -> Tally:
+    """Read a csv, tsv, jsonl or parquet table; write `out` (schema.URLS) and, if any row is refused, OUT.refused.jsonl.
+
+    `source_row` counts the table's rows from 1. Raises InputError for a wrong file or column, or when nothing is left.
+    """
+    existing(path, "the table")
+    if path.suffix not in READERS:
+        raise InputError(f"{path} must end in one of {', '.join(READERS)}")
+    tally, refusals = Tally(), out.with_suffix(".refused.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(refusals) as temporary, ExitStack() as stack:
+        log = stack.enter_context(temporary.open("w", encoding="utf-8"))
+        table = READERS[path.suffix](path, stack)
+        if not any(table.names):
+            raise InputError(f"{path} is empty")
+
+        def refuse(line: int, reason: str) -> None:
+            tally.refuse(line, reason)
+            log.write(json.dumps({"line": line, "reason": reason}) + "\n")
+
+        select = _Selector(table, choice, path)
+        squeeze = _PARQUET_SQUEEZE if path.suffix == ".parquet" else 1
+        chunks = _chunks(table, select, choice.source or path.stem, refuse, tally)
+        _write(chunks, out, 1 + path.stat().st_size * squeeze // _BUCKET_BYTES, tally)
+    if not tally.refused:
+        refusals.unlink()
+    return tally

@@ -1,0 +1,120 @@
+"""Tables as others write them, row by row: csv, tsv, JSON lines, Parquet. A row that cannot be read says why."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.console import InputError
+
+_BATCH_ROWS = 65_536
+
+# A row as read: its line (Parquet: row) number counted from 1, then its cells, or why it cannot be one.
+Read = tuple[int, list[Any] | str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table being read. `position()` of `total` bytes or rows tells how far."""
+
+    names: list[str]
+    rows: Iterator[Read]
+    total: int
+    position: Callable[[], int]
+
+
+def _tsv(path: Path, stack: ExitStack) -> Table:
+    """Tabs between cells, no quoting whatsoever: a quote is a letter like any other."""
+    file = stack.enter_context(path.open("rb"))
+    names = _text(file.readline().removeprefix(b"\xef\xbb\xbf")).split("\t")
+
+    def rows() -> Iterator[Read]:
+        for line, raw in enumerate(file, start=2):
+            cells = _text(raw).split("\t")
+            yield line, cells if len(cells) == len(names) else _wrong_width(cells, names)
+
+    return Table(names, rows(), path.stat().st_size, file.tell)
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\r\n").decode("utf-8", "surrogateescape")  # undecodable bytes are refused with their row
+
+
+def _wrong_width(cells: list[str], names: list[str]) -> str:
+    return "blank line" if not any(cells) else f"{len(cells)} columns instead of {len(names)}"
+
+
+def _csv(path: Path, stack: ExitStack) -> Table:
+    """RFC 4180 quoting; a cell may hold line breaks."""
+    raw = stack.enter_context(path.open("rb"))
+    text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, strict=True)
+    try:
+        names = next(reader, [])
+    except csv.Error as error:
+        raise InputError(f"{path} line 1: {error}") from None
+
+    def rows() -> Iterator[Read]:
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, f"csv: {error}"
+                continue
+            yield line, cells if len(cells) == len(names) else _wrong_width(cells, names)
+
+    return Table(names, rows(), path.stat().st_size, raw.tell)
+
+
+def _jsonl(path: Path, stack: ExitStack) -> Table:
+    """One object a line; the columns are the keys of the first hundred."""
+    file = stack.enter_context(path.open("rb"))
+    parsed = [_object(raw) for raw in islice(file, 100)]
+    names = list(dict.fromkeys(name for row in parsed if isinstance(row, dict) for name in row))
+    file.seek(0)
+
+    def rows() -> Iterator[Read]:
+        for line, raw in enumerate(file, start=1):
+            row = _object(raw)
+            yield line, [row.get(name) for name in names] if isinstance(row, dict) else row
+
+    return Table(names, rows(), path.stat().st_size, file.tell)
+
+
+def _object(raw: bytes) -> dict[str, Any] | str:
+    try:
+        value = json.loads(raw.decode("utf-8", "surrogateescape"))
+    except ValueError:
+        return "not JSON" if raw.strip() else "blank line"
+    return value if isinstance(value, dict) else "not a JSON object"
+
+
+def _parquet(path: Path, stack: ExitStack) -> Table:
+    try:
+        file = stack.enter_context(pq.ParquetFile(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is no Parquet file: {error}") from None
+    at = 0
+
+    def rows() -> Iterator[Read]:
+        nonlocal at
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+            for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                at += 1
+                yield at, list(cells)
+
+    return Table(file.schema_arrow.names, rows(), file.metadata.num_rows, lambda: at)
+
+
+READERS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
