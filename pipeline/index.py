@@ -1,0 +1,148 @@
+"""index.arrow + manifest.json, read: memory-mapped, opened lazily, looked up through cached views of its columns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.console import InputError
+from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
+
+INDEX_NAME, MANIFEST_NAME = "index.arrow", "manifest.json"
+_COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "width": np.int32, "height": np.int32,
+            "plain": np.bool_, "sample_id": np.int64, "group": np.int64}
+
+
+class _Batch:
+    """Zero-copy numpy views of one record batch; `take` and `to_pylist` would cost a hundred times as much."""
+
+    def __init__(self, batch: pa.RecordBatch):
+        self.numbers = {name: _numbers(batch, name, dtype) for name, dtype in _COLUMNS.items() if name != "plain"}
+        self.plain = np.frombuffer(_buffers(batch, "plain")[1], np.uint8)  # bits, lowest first
+        self.key = _Texts(_buffers(batch, "key"))
+        captions = _buffers(batch, "captions")
+        self.caption_starts = np.frombuffer(captions[1], np.int32)
+        self.caption = _Texts(captions[2:])
+        self.source = _numbers(batch, "source", np.int16)
+
+
+def _buffers(batch: pa.RecordBatch, name: str) -> list:
+    return batch.column(INDEX.get_field_index(name)).buffers()
+
+
+def _numbers(batch: pa.RecordBatch, name: str, dtype: type) -> np.ndarray:
+    return np.frombuffer(_buffers(batch, name)[1], dtype)
+
+
+class _Texts:
+    """A string column's buffers: validity, starts, bytes."""
+
+    def __init__(self, buffers: list):
+        self.starts = np.frombuffer(buffers[1], np.int32)
+        self.bytes = memoryview(buffers[2] if buffers[2] is not None else b"")
+
+    def __getitem__(self, row: int) -> str:
+        return str(self.bytes[self.starts[row]:self.starts[row + 1]], "utf-8")
+
+
+class Index:
+    """Rows of a folder of shards, sorted by (shard, key); rows of one shard are contiguous.
+
+    folder: where the shards' relative paths begin; shards: their paths; shard_starts (S+1,): shard s has the rows
+    shard_starts[s] … shard_starts[s+1]; fingerprint: sha256 over all columns except `group`. Picklable.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], file: pa.ipc.RecordBatchFileReader):
+        self.folder, self.manifest, self._file = folder, manifest, file
+        self.fingerprint: str = manifest["fingerprint"]
+        self.shards: list[str] = [shard["name"] for shard in manifest["shards"]]
+        self.shard_starts = np.cumsum([0, *(shard["samples"] for shard in manifest["shards"])])
+        self._sources: list[str] | None = None
+        self._batches: dict[int, _Batch] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Index":
+        """Open a folder with index.arrow and manifest.json, or the index.arrow in it. Raises InputError."""
+        path = Path(path)
+        folder = path.parent if path.name == INDEX_NAME else path
+        cure = f"run `uniclip-data index {folder}`"
+        for name in (INDEX_NAME, MANIFEST_NAME):
+            if not (folder / name).exists():
+                raise InputError(f"{folder / name} does not exist: {cure}")
+        try:
+            manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+            file = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME)))
+        except (ValueError, OSError) as error:
+            raise InputError(f"{folder}: the index cannot be read ({error}): {cure}") from None
+        _check(folder, manifest, file, cure)
+        return cls(folder, manifest, file)
+
+    def __reduce__(self):
+        return Index.open, (self.folder,)
+
+    def __len__(self) -> int:
+        return int(self.shard_starts[-1])
+
+    def _batch(self, number: int) -> _Batch:
+        if number not in self._batches:
+            self._batches[number] = _Batch(self._file.get_batch(number))
+        return self._batches[number]
+
+    def _locate(self, row: int) -> tuple[_Batch, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of an index of {len(self)} rows")
+        return self._batch(row // INDEX_BATCH_ROWS), row % INDEX_BATCH_ROWS
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """shard (code into `shards`), offset, size, width, height, plain, sample_id and group of these rows (n,)."""
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows {rows.min()} … {rows.max()} of an index of {len(self)} rows")
+        number, local = np.divmod(rows, INDEX_BATCH_ROWS)
+        if len(rows) and (number == number[0]).all():
+            return _gather(self._batch(int(number[0])), local)
+        found = {name: np.empty(len(rows), dtype) for name, dtype in _COLUMNS.items()}
+        order = np.argsort(number, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(number[order])) + 1) if len(rows) else ():
+            for name, values in _gather(self._batch(int(number[part[0]])), local[part]).items():
+                found[name][part] = values
+        return found
+
+    def captions(self, row: int) -> list[str]:
+        """All captions of a row; never empty."""
+        batch, local = self._locate(row)
+        return [batch.caption[i] for i in range(batch.caption_starts[local], batch.caption_starts[local + 1])]
+
+    def key(self, row: int) -> str:
+        """The WebDataset key, unique in its shard."""
+        batch, local = self._locate(row)
+        return batch.key[local]
+
+    def source(self, row: int) -> str:
+        """The name of the source the row came from; empty where none was given."""
+        batch, local = self._locate(row)
+        if self._sources is None:
+            column = self._file.get_batch(0).column(INDEX.get_field_index("source"))
+            self._sources = column.dictionary.to_pylist()
+        return self._sources[batch.source[local]]
+
+
+def _gather(batch: _Batch, local: np.ndarray) -> dict[str, np.ndarray]:
+    found = {name: column[local] for name, column in batch.numbers.items()}
+    found["plain"] = (batch.plain[local >> 3] >> (local & 7) & 1).astype(bool)
+    return found
+
+
+def _check(folder: Path, manifest: Any, file: pa.ipc.RecordBatchFileReader, cure: str) -> None:
+    """Raises InputError unless schema version and row count are what this program and the manifest say."""
+    expected, found = ((schema.metadata or {}).get(b"uniclip.schema", b"none").decode()
+                       for schema in (INDEX, file.schema))
+    if found != expected or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"{folder / INDEX_NAME} has schema {found}, this program reads {expected}: {cure}")
+    whole = file.num_record_batches
+    rows = (whole - 1) * INDEX_BATCH_ROWS + file.get_batch(whole - 1).num_rows if whole else 0
+    if rows != manifest["counts"]["samples"]:
+        raise InputError(f"{folder / INDEX_NAME} has {rows:,} rows, its {MANIFEST_NAME} says "
+                         f"{manifest['counts']['samples']:,}: {cure}")

@@ -1,0 +1,214 @@
+"""Any folder of WebDataset tars → index.arrow + manifest.json: every tar scanned, equal ids united."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.console import InputError, WorkFailed, existing
+from pipeline.files import replacing, write_json
+from pipeline.index import INDEX_NAME, MANIFEST_NAME
+from pipeline.progress import Meter
+from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
+from pipeline.tars import ROWS, scan
+from pipeline.workers import in_processes
+
+QUARANTINE_NAME = "quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    """A shard whose rows wait in an Arrow file."""
+
+    name: str
+    rows: Path
+    sample_id: np.ndarray
+    sources: frozenset[str]
+    unusable: list[tuple[str, str]]
+    size: int
+    sha256: str
+
+
+def _scan_to_file(folder: Path, scratch: Path, task: tuple[int, str]) -> tuple[int, _Scanned]:
+    number, name = task
+    shard, path = scan(folder / name), scratch / f"{number}.arrow"
+    with pa.ipc.new_file(path, ROWS) as writer:
+        writer.write_table(shard.rows)
+    return number, _Scanned(name, path, shard.rows["sample_id"].to_numpy(),
+                            frozenset(shard.rows["source"].unique().to_pylist()), shard.unusable, shard.size,
+                            shard.sha256)
+
+
+def _rows(scanned: _Scanned) -> pa.Table:
+    with pa.memory_map(str(scanned.rows)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _tars(folder: Path) -> list[str]:
+    """Paths relative to the folder, sorted; hidden and `_…` folders hold unfinished work."""
+    existing(folder, "the folder")
+    relative = (path.relative_to(folder) for path in folder.rglob("*.tar"))
+    names = sorted(path.as_posix() for path in relative if not any(part[0] in "._" for part in path.parts))
+    if not names:
+        raise InputError(f"{folder} holds no .tar file: give the folder that `uniclip-data download` wrote, "
+                         "or any folder of WebDataset tars")
+    return names
+
+
+def _scan_all(folder: Path, names: list[str], scratch: Path, workers: int) -> list[_Scanned]:
+    found: dict[int, _Scanned] = {}
+    samples = 0
+    with Meter("indexing tars", len(names)) as meter:
+        for number, scanned in in_processes(partial(_scan_to_file, folder, scratch), enumerate(names), workers):
+            found[number] = scanned
+            samples += len(scanned.sample_id)
+            meter.at(len(found), f"{samples:,} samples")
+    return [found[number] for number in range(len(names))]
+
+
+def _twins(sample_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, first): each row whose id occurred before, and the row of its first occurrence. Ascending in rows."""
+    order = np.argsort(sample_id, kind="stable")
+    ordered = sample_id[order]
+    starts = np.r_[True, ordered[1:] != ordered[:-1]]
+    first = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
+    rows, first = order[~starts], first[~starts]
+    ascending = np.argsort(rows)
+    return rows[ascending], first[ascending]
+
+
+def _united(shards: list[_Scanned]) -> Iterator[pa.Table]:
+    """Each shard's rows without those that repeat an id; their captions go to the first row of that id."""
+    starts = np.cumsum([0, *(len(shard.sample_id) for shard in shards)])
+    repeated, first = _twins(np.concatenate([shard.sample_id for shard in shards]))
+    owner, home = (np.searchsorted(starts, rows, "right") - 1 for rows in (repeated, first))
+    gained: dict[int, dict[int, list[str]]] = {}  # shard → its row → captions from elsewhere
+    for number in np.unique(owner):
+        mine = owner == number
+        texts = _rows(shards[number])["captions"].take(repeated[mine] - starts[number]).to_pylist()
+        for target, shard, captions in zip(first[mine], home[mine], texts, strict=True):
+            gained.setdefault(int(shard), {}).setdefault(int(target - starts[shard]), []).extend(captions)
+    for number, shard in enumerate(shards):
+        keep = np.ones(len(shard.sample_id), bool)
+        keep[repeated[slice(*np.searchsorted(repeated, starts[number:number + 2]))] - starts[number]] = False
+        yield _with_captions(_rows(shard), gained.get(number, {})).filter(pa.array(keep))
+
+
+def _with_captions(table: pa.Table, gained: dict[int, list[str]]) -> pa.Table:
+    if not gained:
+        return table
+    captions = table["captions"].to_pylist()
+    for row, texts in gained.items():
+        captions[row] = list(dict.fromkeys([*captions[row], *texts]))
+    column = pa.array(captions, ROWS.field("captions").type)
+    return table.set_column(table.schema.get_field_index("captions"), ROWS.field("captions"), column)
+
+
+def _coded(tables: Iterator[pa.Table], names: list[str], sources: list[str], kept: list[int]) -> Iterator[pa.Table]:
+    """The index's columns, with names as codes. Appends to `kept` how many rows each shard has left."""
+    for number, table in enumerate(tables):
+        kept.append(table.num_rows)
+        shard = pa.DictionaryArray.from_arrays(np.full(table.num_rows, number, np.int32), pa.array(names, pa.string()))
+        codes = np.array([sources.index(source) for source in table["source"].to_pylist()], np.int16)
+        source = pa.DictionaryArray.from_arrays(codes, pa.array(sources, pa.string()))
+        group = pa.array(np.full(table.num_rows, -1))
+        made = {"shard": shard, "source": source, "group": group}
+        yield pa.table([made.get(name, table[name] if name in ROWS.names else None) for name in INDEX.names],
+                       schema=INDEX)
+
+
+def _batches(tables: Iterator[pa.Table]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of INDEX_BATCH_ROWS; only the last one may be shorter."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        while sum(t.num_rows for t in waiting) >= INDEX_BATCH_ROWS:
+            joined = pa.concat_tables(waiting)
+            yield _batch(joined.slice(0, INDEX_BATCH_ROWS))
+            waiting = [joined.slice(INDEX_BATCH_ROWS)]
+    if rest := sum(t.num_rows for t in waiting):
+        yield _batch(pa.concat_tables(waiting).slice(0, rest))
+
+
+def _batch(table: pa.Table) -> pa.RecordBatch:
+    return table.combine_chunks().to_batches()[0]
+
+
+def _digest(hasher, batch: pa.RecordBatch) -> None:
+    """Feed every column but `group`: numbers as bytes, texts as lengths and bytes."""
+    for name in INDEX.names:
+        if name == "group":
+            continue
+        column = batch.column(name)
+        if isinstance(column, pa.DictionaryArray):
+            column = column.indices
+        if isinstance(column, pa.ListArray):
+            hasher.update(column.value_lengths().to_numpy().tobytes())
+            column = column.flatten()
+        if pa.types.is_string(column.type):
+            hasher.update(np.array([len(text.encode()) for text in column.to_pylist()], np.int32).tobytes())
+            hasher.update("".join(column.to_pylist()).encode())
+        else:
+            hasher.update(column.to_numpy(zero_copy_only=False).tobytes())
+
+
+def _write(path: Path, batches: Iterator[pa.RecordBatch], names: list[str], sources: list[str]) -> str:
+    """Write index.arrow; return its fingerprint."""
+    hasher = hashlib.sha256(json.dumps([SCHEMA_VERSION, names, sources]).encode())
+    with replacing(path) as temporary, pa.ipc.new_file(temporary, INDEX) as writer:
+        for batch in batches:
+            _digest(hasher, batch)
+            writer.write_batch(batch)
+    return hasher.hexdigest()
+
+
+def _quarantine(path: Path, shards: list[_Scanned]) -> Counter[str]:
+    """Write one line for each unusable sample; return how many there are for each reason."""
+    counts: Counter[str] = Counter()
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for shard in shards:
+            for key, reason in shard.unusable:
+                counts[reason] += 1
+                file.write(json.dumps({"shard": shard.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n")
+    return counts
+
+
+def build(folder: Path, workers: int, command: str = "") -> dict:
+    """Index every tar under `folder`; returns the manifest, which is written last.
+
+    Raises InputError where there is no tar, WorkFailed where there is no usable sample.
+    """
+    names = _tars(folder)
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    for left_over in folder.glob(".index.*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".index.") as scratch:
+        shards = _scan_all(folder, names, Path(scratch), workers)
+        excluded = _quarantine(folder / QUARANTINE_NAME, shards)
+        total = sum(len(shard.sample_id) for shard in shards)
+        if total == 0:
+            reason, count = excluded.most_common(1)[0] if excluded else ("no sample", 0)
+            raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars; {count:,} × {reason}, "
+                             f"see {folder / QUARANTINE_NAME}")
+        sources, kept = sorted(set().union(*(shard.sources for shard in shards))), []
+        coded = _coded(_united(shards), names, sources, kept)
+        fingerprint = _write(folder / INDEX_NAME, _batches(coded), names, sources)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "counts": {"samples": sum(kept), "merged": total - sum(kept), "excluded": dict(excluded.most_common())},
+        "sources": sources, "fingerprint": fingerprint,
+        "created_by": {"command": command,
+                       "versions": {name: version(name) for name in ("pillow", "pyarrow", "numpy")}},
+        "shards": [{"name": shard.name, "size": shard.size, "sha256": shard.sha256, "samples": samples}
+                   for shard, samples in zip(shards, kept, strict=True)]}
+    write_json(folder / MANIFEST_NAME, manifest)
+    return manifest
