@@ -1,5 +1,6 @@
 """`uniclip-data`: parse, call one function, print. Heavy imports live inside the commands."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,115 @@ def scenes(
         f"{out}/evalsets: retrieval, colour, shape, relation, {held_out:,} scenes each")
 
 
+urls = make_app("Write urls.parquet, the table that `download` reads.")
+app.add_typer(urls, name="urls")
+
+
+@urls.callback()
+def _urls() -> None:
+    """Keep `table` a named command while it is the only one."""
+
+
+@urls.command()
+def table(
+    file: Annotated[Path, typer.Argument(help="Table with a header: .csv, .tsv (no quoting), .jsonl or .parquet.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The URL table to write.")],
+    url_column: Annotated[str, typer.Option(help="Column with the URL, or with a path for --url-prefix.")] = "url",
+    caption_column: Annotated[list[str] | None, typer.Option(help="Repeat to keep several. [caption]")] = None,
+    url_prefix: Annotated[str, typer.Option(help="Put before each path, which is percent-quoted.")] = "",
+    where: Annotated[list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only these rows.")] = None,
+    source: Annotated[str, typer.Option(help="Name of the source. [the file's name]")] = "",
+) -> None:
+    """Any table of URLs and captions → urls.parquet; equal URLs become one row with all captions.
+
+    Example: `uniclip-data urls table captions.tsv urls.parquet --url-column image --where split=train
+    --url-prefix http://127.0.0.1:8000/`
+    """
+    from pipeline.sources import Choice, condition, write_urls
+
+    conditions = tuple(condition(text) for text in where or ())
+    choice = Choice(url_column, tuple(caption_column or ["caption"]), url_prefix, conditions, source)
+    tally = write_urls(file, out, choice)
+    for line in tally.lines():
+        say(line)
+    say(f"{out}: {tally.urls:,} URLs")
+
+
+@app.command()
+def download(
+    urls: Annotated[Path, typer.Argument(metavar="URLS.parquet", help="Written by `uniclip-data urls`.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards; run again to go on after a stop.")],
+    image_size: Annotated[int, typer.Option(min=1, help="Longest that the shorter side may be, in pixels.")] = 256,
+    shard_size: Annotated[int, typer.Option(min=1, help="URLs in a shard.")] = 1000,
+    processes: Annotated[int | None, typer.Option(min=1, help="[one for each core]")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Fetches at a time in each process.")] = 32,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a byte; at most 4 × this in all.")] = 10,
+    retries: Annotated[int, typer.Option(min=0, help="Further tries when a failure may pass.")] = 1,
+    allow_address: Annotated[list[str] | None, typer.Option(help="Also fetch from this address or CIDR.")] = None,
+    user_agent: Annotated[str | None, typer.Option(help="How to introduce ourselves to servers.")] = None,
+) -> None:
+    """Fetch the URLs into WebDataset shards with img2dataset, under rules of what may be fetched.
+
+    Example: `uniclip-data download urls.parquet shards --allow-address 127.0.0.1`
+    """
+    import shlex
+    import sys
+
+    from pipeline.download import Options
+    from pipeline.download import download as run_download
+    from pipeline.fetch import USER_AGENT
+
+    options = Options(image_size, shard_size, processes or os.cpu_count() or 1, threads, timeout, retries,
+                      tuple(allow_address or ()), user_agent or USER_AGENT)
+    for line in run_download(urls, out, options, shlex.join(sys.argv)).lines():
+        say(line)
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with WebDataset tars.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [one for each core]")] = None,
+) -> None:
+    """Decode every image and write index.arrow and manifest.json; what is unusable goes to quarantine.jsonl.
+
+    Example: `uniclip-data index shards`
+    """
+    import shlex
+    import sys
+
+    from pipeline.indexing import build
+
+    counts = build(folder, workers or os.cpu_count() or 1, shlex.join(sys.argv))["counts"]
+    for what, count in {"merged (equal sample id)": counts["merged"], **counts["excluded"]}.items():
+        if count:
+            say(f"{count:>12,}  {what}")
+    say(f"{counts['samples']:>12,}  samples in {folder}/index.arrow")
+
+
+@app.command()
+def views(
+    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    out: Annotated[Path, typer.Argument(help="Picture to write, .png.")],
+    size: Annotated[int, typer.Option(help="Side of a view in pixels.", min=8)] = 224,
+    samples: Annotated[int, typer.Option(help="Samples to draw, a row each.", min=1, max=50)] = 4,
+    seed: Annotated[int, typer.Option(help="The run's seed.", min=0)] = 0,
+    view: Annotated[list[str], typer.Option(help="weak or strong; repeatable.")] = ["weak", "strong", "strong"],  # noqa: B006
+) -> None:
+    """Draw samples as training sees them: image with crop boxes, its views, each view's vector as bars.
+
+    Example: `uniclip-data views shards views.png --size 224 --samples 6`
+    """
+    from pipeline.index import Index
+    from pipeline.picture import draw_views
+
+    draw_views(Index.open(index), out, view, size, samples, seed)
+    say(f"{out}: {samples} samples, {len(view)} views each")
+
+
 def main() -> None:
     """Entry point of `uniclip-data`."""
     run(app)
+
+
+if __name__ == "__main__":
+    main()
