@@ -8,12 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from pipeline.images import upright_rgb
+from pipeline.console import InputError, WorkFailed
+from pipeline.images import Undecodable, upright_rgb
 from pipeline.index import Index
 from pipeline.loader import ShardReader
 from pipeline.order import Order
 from pipeline.replay import pixels
-from pipeline.sampling import ViewKind, draw_captions, sample_vectors
+from pipeline.sampling import KINDS, draw_captions, sample_vectors
 from pipeline.schema import IDENTITY, VECTOR
 
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
@@ -52,16 +53,21 @@ def _row(axes, image: Image.Image, vector_VA: np.ndarray, caption: str, kinds: l
     _bars(axes[-1], vector_VA)
 
 
-def draw_views(index: Index, out: Path, kinds: dict[str, ViewKind], views: list[str], size: int, samples: int,
-               seed: int) -> None:
+def draw_views(index: Index, out: Path, views: list[str], size: int, samples: int, seed: int) -> None:
     """Write the picture of the first `samples` samples that a run with this seed would see.
 
-    views: names in `kinds`; size: side of a view in pixels. Raises Undecodable, OSError.
+    views: names in KINDS; size: side of a view in pixels. Raises InputError for a view or a picture format that is not
+    known, WorkFailed for an image that cannot be read.
     """
+    for name in views:
+        if name not in KINDS:
+            raise InputError(f"--view {name}: known kinds are {', '.join(KINDS)}")
+    if out.suffix.lower() not in {".png", ".pdf", ".svg"} or not out.parent.is_dir():
+        raise InputError(f"{out}: give a .png, .pdf or .svg in a folder that exists")
     rows, epochs = Order(seed, tuple(int(s) for s in index.shard_starts)).rows(0, min(samples, len(index)))
     columns = index.columns(rows)
     sizes = np.stack([columns["width"], columns["height"]], axis=1)
-    vectors = sample_vectors(seed, epochs, 0, columns["sample_id"], sizes, tuple(kinds[v] for v in views))
+    vectors = sample_vectors(seed, epochs, 0, columns["sample_id"], sizes, tuple(KINDS[v] for v in views))
     captions = [index.captions(int(row)) for row in rows]
     drawn = draw_captions(seed, epochs, 0, columns["sample_id"], np.array([len(c) for c in captions]))
     reader = ShardReader(index.folder, index.shards)
@@ -69,7 +75,11 @@ def draw_views(index: Index, out: Path, kinds: dict[str, ViewKind], views: list[
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), 2 + len(views), squeeze=False, width_ratios=[1] * (1 + len(views)) + [1.4])
     for b, axes in enumerate(grid):
-        data = reader.read(*(int(columns[name][b]) for name in ("shard", "offset", "size")))
-        _row(axes, upright_rgb(data), vectors[b], captions[b][drawn[b]], views, size)
+        try:
+            image = upright_rgb(reader.read(*(int(columns[name][b]) for name in ("shard", "offset", "size"))))
+        except (OSError, Undecodable) as error:
+            raise WorkFailed(f"{index.folder}: image {index.key(int(rows[b]))} cannot be read ({error}): index it again"
+                             ) from None
+        _row(axes, image, vectors[b], captions[b][drawn[b]], views, size)
     reader.close()
     figure.savefig(out, dpi=110)

@@ -29,11 +29,11 @@ class ViewConfig(Section):
     area: Range
     aspect: Range = WEAK.aspect
     jitter: tuple[float, float, float, float] = WEAK.jitter
-    jitter_p: float = Field(0.0, ge=0, le=1)
-    gray_p: float = Field(0.0, ge=0, le=1)
+    jitter_p: float = Field(default=0.0, ge=0, le=1)
+    gray_p: float = Field(default=0.0, ge=0, le=1)
     blur_sigma: Range = WEAK.blur_sigma
-    blur_p: float = Field(0.0, ge=0, le=1)
-    flip_p: float = Field(0.0, ge=0, le=1)
+    blur_p: float = Field(default=0.0, ge=0, le=1)
+    flip_p: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _ranges(self) -> "ViewConfig":
@@ -54,12 +54,12 @@ class DataConfig(Section):
     """Where samples come from and what is drawn from each."""
 
     index: Path
-    views: tuple[Literal["weak", "strong"], ...] = Field(("weak", "strong", "strong"), min_length=1)
+    views: tuple[Literal["weak", "strong"], ...] = Field(default=("weak", "strong", "strong"), min_length=1)
     weak: ViewConfig = _view_config(WEAK)
     strong: ViewConfig = _view_config(STRONG)
     executor: Literal["auto", "dali", "pillow"] = "auto"
-    threads: int = Field(0, ge=0)
-    bad_sample_budget: float = Field(0.01, ge=0, le=1)
+    threads: int = Field(default=0, ge=0)
+    bad_sample_budget: float = Field(default=0.01, ge=0, le=1)
 
     def kinds(self) -> tuple[ViewKind, ...]:
         """The kinds of the views, in order."""
@@ -70,7 +70,7 @@ class ImageConfig(Section):
     """f_I: a timm ViT; patch, width, depth and heads override the architecture's own."""
 
     arch: str
-    size: int = Field(224, gt=0)
+    size: int = Field(default=224, gt=0)
     patch: int | None = Field(None, gt=0)
     width: int | None = Field(None, gt=0)
     depth: int | None = Field(None, gt=0)
@@ -81,11 +81,11 @@ class TextConfig(Section):
     """f_T and its vocabulary: CLIP's, or a byte-level BPE of `vocab_size` trained on the run's captions."""
 
     vocabulary: Literal["clip", "train"] = "clip"
-    vocab_size: int = Field(4096, ge=300)
-    context: int = Field(77, ge=3)
-    width: int = Field(512, gt=0)
-    depth: int = Field(12, gt=0)
-    heads: int = Field(8, gt=0)
+    vocab_size: int = Field(default=4096, ge=300)
+    context: int = Field(default=77, ge=3)
+    width: int = Field(default=512, gt=0)
+    depth: int = Field(default=12, gt=0)
+    heads: int = Field(default=8, gt=0)
     pooling: Literal["start", "end"] = "start"
 
 
@@ -93,22 +93,22 @@ class HeadConfig(Section):
     """g_I, and whether it sees f_A's embedding of the augmentation vector."""
 
     kind: Literal["residual", "mlp"] = "residual"
-    depth: int = Field(3, ge=1)
+    depth: int = Field(default=3, ge=1)
     augmentation: bool = True
-    augmentation_width: int = Field(256, gt=0)
+    augmentation_width: int = Field(default=256, gt=0)
 
 
 class SimilarityConfig(Section):
     """Eq. 16 ("domain") or Eq. 14 ("shared"), and where its parameters start."""
 
     kind: Literal["domain", "shared"] = "domain"
-    temperature: float = Field(0.07, ge=0.01)
+    temperature: float = Field(default=0.07, ge=0.01)
 
 
 class ModelConfig(Section):
     """The UniCLIP model."""
 
-    dim: int = Field(512, gt=0)
+    dim: int = Field(default=512, gt=0)
     image: ImageConfig
     text: TextConfig = TextConfig()
     head: HeadConfig = HeadConfig()
@@ -133,23 +133,23 @@ class OptimConfig(Section):
 
     samples: int = Field(gt=0)
     batch_size: int = Field(gt=1)
-    lr: float = Field(1e-3, gt=0)
-    warmup_samples: int = Field(0, ge=0)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup_samples: int = Field(default=0, ge=0)
     betas: Range = (0.9, 0.98)
-    weight_decay: float = Field(0.2, ge=0)
-    clip: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.2, ge=0)
+    clip: float = Field(default=1.0, gt=0)
 
 
 class RunConfig(Section):
     """Where the run lives, what it runs on, how often it writes."""
 
     folder: Path
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    log_every: int = Field(10, gt=0)
+    log_every: int = Field(default=10, gt=0)
     save_every_samples: int = Field(gt=0)
-    keep: int = Field(2, gt=0)
+    keep: int = Field(default=2, gt=0)
 
 
 class Config(Section):

@@ -1,5 +1,7 @@
 """f_I and f_T: a timm ViT, and a text transformer of timm's blocks (METHOD §3)."""
 
+from typing import Any
+
 import timm
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -18,7 +20,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, arch: str, size: int, patch: int | None = None, width: int | None = None,
                  depth: int | None = None, heads: int | None = None):
         super().__init__()
-        own = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+        own: dict[str, Any] = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
         vit = timm.create_model(arch, pretrained=False, num_classes=0, img_size=size, global_pool="token",
                                 **{name: value for name, value in own.items() if value is not None})
         if not isinstance(vit, VisionTransformer) or vit.cls_token is None:

@@ -12,7 +12,7 @@ METRICS, LEDGER = "metrics.jsonl", "bad_samples.jsonl"
 
 
 def cut_back(path: Path, samples_seen: int) -> None:
-    """Drop the lines that speak of later samples than `samples_seen`: after a kill the file continues as if never stopped."""
+    """Drop the lines about samples after `samples_seen`: after a kill the file continues as if never stopped."""
     if path.is_file():
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= samples_seen]

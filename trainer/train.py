@@ -18,6 +18,7 @@ from trainer.log import LEDGER, Log
 from trainer.losses import LOSSES
 from trainer.model import UniCLIP
 from trainer.optim import learning_rate, make_optimizer
+from trainer.similarity import comparable_offsets
 
 
 @dataclass
@@ -135,7 +136,8 @@ def train(config: Config, t: Training) -> Path:
             if t.step % run.log_every == 0 or done:
                 log.write({"step": t.step, "samples": after.samples_seen, "loss": loss.item(), "lr": rate,
                            "grad_norm": gradient.item(), "temperature": temperature_3.tolist(),
-                           "offset": offset_3.tolist(), **clock.lap(after.samples_seen), "seconds": t.seconds + clock.total})
+                           "offset": comparable_offsets(temperature_3, offset_3).tolist(),
+                           **clock.lap(after.samples_seen), "seconds": t.seconds + clock.total})
             if done or after.samples_seen // run.save_every_samples > before // run.save_every_samples:
                 saved = _save(config, t, t.seconds + clock.total)
     finally:

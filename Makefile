@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install system demo test test-slow lint clean
+
+# One virtual environment; built again when what it is made of changes.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: .venv/installed
+
+# Debian packages for the page tests; tests that need them say so when they are skipped.
+system:
+	apt-get update --quiet=2
+	apt-get install --quiet=2 --yes --no-install-recommends chromium fonts-dejavu-core
+
+demo: install
+	$(BIN)/python -m tools.demo demo
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+clean:
+	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

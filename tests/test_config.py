@@ -1,0 +1,92 @@
+"""A run is one TOML file: every preset loads, every wrong key is named with its cure."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from pipeline.console import InputError
+from trainer.config import Config, load_config, presets
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_loads_and_survives_its_file(name, tmp_path):
+    config = load_config(name)
+    stored = tmp_path / "config.toml"
+    stored.write_text(config.to_toml())
+    assert load_config(str(stored)) == config
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_says_command_cost_and_result(name):
+    header = [line for line in presets()[name].read_text().splitlines() if line.startswith("#")]
+    assert f"uniclip-train run {name}" in "\n".join(header)
+    for word in ("command", "cost", "result"):
+        assert any(re.match(rf"# {word} +\S", line) for line in header), word
+    assert "TBD" not in "\n".join(header)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
+    ("model.image.sise=64", "unknown key model.image.sise; did you mean model.image.size?"),
+    ("dat.index=x", "unknown key dat; did you mean data?"),
+    ("optim.zzzz=1", "unknown key optim.zzzz; known here: samples"),
+    ("optim.lr=fast", "optim.lr = 'fast'"),
+    ("optim.lr=-1", "optim.lr = -1"),
+    ("optim.lr.deep=1", "'lr' is a value, not a section"),
+    ("optim.lr", "write it as section.key=value"),
+    ("data.weak.area=[0.9,0.1]", "is no range"),
+    ("data.weak.area=[0.9,1.1]", "larger than the image"),
+    ("data.views=[]", "data.views"),
+    ("data.views=[\"medium\"]", "data.views"),
+    ("loss.name=clip", "loss.name"),
+])
+def test_wrong_values_are_named_with_place_and_cure(override, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_config("scenes-tiny", [override])
+
+
+def test_separate_supervision_is_refused_where_it_is_undefined():
+    with pytest.raises(InputError, match="undefined for supcon"):
+        load_config("scenes-tiny", ["loss.name=supcon", "loss.supervision=separate"])
+
+
+def test_overrides_are_toml_or_plain_text():
+    config = load_config("scenes-tiny", ["optim.lr=5e-4", "data.index=some/where", "data.views=[\"weak\"]",
+                                         "optim.samples=1_000"])
+    assert (config.optim.lr, str(config.data.index), config.data.views, config.optim.samples) == (
+        5e-4, "some/where", ("weak",), 1000)
+
+
+def test_a_missing_file_names_the_nearest_preset():
+    with pytest.raises(InputError, match="did you mean scenes-tiny"):
+        load_config("scene-tiny")
+
+
+def test_a_file_that_is_no_toml_is_an_input_error(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text("[data\n")
+    with pytest.raises(InputError, match="is not TOML"):
+        load_config(str(path))
+
+
+def fields(model: type[BaseModel]) -> set[str]:
+    found = set()
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= fields(kind)
+        else:
+            found.add(name)
+    return found
+
+
+def test_every_field_is_read_somewhere():
+    code = "\n".join(path.read_text() for folder in ("pipeline", "trainer") for path in (ROOT / folder).glob("*.py")
+                     if path.name != "config.py")
+    code += (ROOT / "trainer" / "config.py").read_text().split("def kinds", 1)[1]  # views and their kinds are read there
+    unread = {name for name in fields(Config) if not re.search(rf"\.{name}\b", code)}
+    assert not unread
