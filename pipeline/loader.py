@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -245,11 +245,11 @@ class Loader:
         valid = torch.ones(len(drawn.rows), dtype=torch.bool)
         for line in (bad := bad + late):
             valid[line.pop("position")] = False
-        self._ledger.count(len(drawn.rows), [{"samples_seen": position, **line} for line in bad])
+        self._ledger.count(len(drawn.rows), [{"samples": position + self.batch_size, **line} for line in bad])
         tokens = torch.from_numpy(self.tokenizer(drawn.captions))[:, None]
         return Batch(views, vectors, tokens, ids, torch.from_numpy(drawn.groups), valid).to(self.device)
 
-    def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
+    def __iter__(self) -> Generator[tuple[Batch, Cursor], None, None]:
         ahead: queue.Queue = queue.Queue(PREFETCHED_BATCHES)
         stop = threading.Event()
         worker = threading.Thread(target=self._work, args=(ahead, stop), name="loader", daemon=True)

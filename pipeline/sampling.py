@@ -39,6 +39,7 @@ class ViewKind:
 
 WEAK = ViewKind()
 STRONG = ViewKind(area=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, flip_p=0.5)
+KINDS = {"weak": WEAK, "strong": STRONG}
 
 
 def philox(counter_4: tuple[np.ndarray, ...], key: int) -> np.ndarray:
@@ -56,7 +57,8 @@ def uniforms(seed: int, epoch: np.ndarray | int, repeat: np.ndarray | int, sampl
              item: int, count: int) -> np.ndarray:
     """`count` independent numbers in (0, 1) for each sample → (count, B) float64.
 
-    epoch and repeat may differ by sample. `item` tells apart uses within a stream (the view's index); at most 256 items, 255 repeats and 1,024 numbers.
+    epoch and repeat may differ by sample. `item` tells apart uses within a stream (the view's index); at most 256
+    items, 255 repeats and 1,024 numbers.
     """
     ids = np.asarray(sample_id_B, dtype=np.int64).view(np.uint64)
     block = np.arange(-(-count // 4), dtype=np.uint64)[:, None]

@@ -5,6 +5,9 @@ parted from the vector that made it. DALI's own WebDataset reader is not used: i
 keys and dies of one bad image; bytes come from our loader through `external_source`.
 """
 
+# DALI's stubs know neither its own types nor what `pipeline_def` does to a function.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
+
 import os
 
 import numpy as np

@@ -50,7 +50,7 @@ def test_the_weak_view_only_crops():
     weak = vectors(np.arange(1000))[:, 0]
     assert (weak[:, 4:] == IDENTITY[4:]).all()
     area = weak[:, 2] * weak[:, 3]
-    assert 0.5 - 1e-6 <= area.min()
+    assert area.min() >= 0.5 - 1e-6
     assert area.max() <= 1 + 1e-6
 
 
@@ -65,7 +65,7 @@ def test_the_strong_view_has_its_probabilities_and_ranges():
         assert 0.98 * limit < np.abs(values).max() <= limit + 1e-6
         assert abs(values.mean()) < 4 * limit / np.sqrt(n)
     sigma = strong[strong[:, COLUMN["blur_sigma"]] > 0, COLUMN["blur_sigma"]]
-    assert 0.1 <= sigma.min()
+    assert sigma.min() >= 0.1
     assert sigma.max() <= 2.0
     assert abs(sigma.mean() - 1.05) < 0.02
 
@@ -104,7 +104,7 @@ def test_captions_are_drawn_evenly_and_purely():
 
 def test_uniforms_are_uniform_and_uncorrelated():
     u = uniforms(0, 0, 0, np.arange(10_000), 9, 0, 8)
-    assert 0 < u.min()
+    assert u.min() > 0
     assert u.max() < 1
     assert np.abs(np.corrcoef(u) - np.eye(8)).max() < 0.05
     assert np.abs(u.mean(1) - 0.5).max() < 0.015
