@@ -144,8 +144,9 @@ def _table(urls: Path) -> pq.ParquetFile:
         table = pq.ParquetFile(urls)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{urls} is no Parquet file ({error}): write it with `uniclip-data urls table`") from None
-    if missing := sorted(set(URLS.names) - set(table.schema_arrow.names)):
-        raise InputError(f"{urls} has no column {missing[0]!r}: write it with `uniclip-data urls table`")
+    schema = table.schema_arrow
+    if not schema.equals(URLS) or (schema.metadata or {}).get(b"uniclip.schema") != URLS.metadata[b"uniclip.schema"]:
+        raise InputError(f"{urls} is not a URL table of this version: write it with `uniclip-data urls table`")
     if table.metadata.num_rows == 0:
         raise InputError(f"{urls} has no rows")
     return table

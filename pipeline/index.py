@@ -1,8 +1,9 @@
 """index.arrow + manifest.json, read: memory-mapped, opened lazily, looked up through cached views of its columns."""
 
 import json
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +60,6 @@ class Index:
         self.fingerprint: str = manifest["fingerprint"]
         self.shards: list[str] = [shard["name"] for shard in manifest["shards"]]
         self.shard_starts = np.cumsum([0, *(shard["samples"] for shard in manifest["shards"])])
-        self._sources: list[str] | None = None
         self._batches: dict[int, _Batch] = {}
 
     @classmethod
@@ -123,10 +123,12 @@ class Index:
     def source(self, row: int) -> str:
         """The name of the source the row came from; empty where none was given."""
         batch, local = self._locate(row)
-        if self._sources is None:
-            column = self._file.get_batch(0).column(INDEX.get_field_index("source"))
-            self._sources = column.dictionary.to_pylist()
         return self._sources[batch.source[local]]
+
+    @cached_property
+    def _sources(self) -> list[str]:
+        column = self._file.get_batch(0).column(INDEX.get_field_index("source"))
+        return cast(pa.DictionaryArray, column).dictionary.to_pylist()
 
 
 def _gather(batch: _Batch, local: np.ndarray) -> dict[str, np.ndarray]:

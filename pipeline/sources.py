@@ -7,7 +7,6 @@ scattered by row number, so that the order of the source comes back. Memory is o
 import difflib
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -69,12 +68,14 @@ class Tally:
         lines = [f"{count:>12,}  {what}" for count, what in parts if count]
         return [*lines[:-1], *detail, lines[-1]] if detail else lines
 
-    def why_nothing(self) -> str:
+    def why_nothing(self, values_seen: Iterable[str]) -> str:
         """One line for a table that gives no URL at all."""
+        if not self.rows:
+            return "has a header but no rows"
         if not self.reasons:
-            return "no row of the table has the values --where asks for" if self.rows else "the table has no rows"
+            return f"has no row with what --where asks for; values there: {', '.join(values_seen)}"
         reason, (count, first) = max(self.reasons.items(), key=lambda item: item[1])
-        return f"no usable row: {count:,} of {self.rows:,} refused with {reason!r}, first in line {first}"
+        return f"has no usable row: {count:,} of {self.rows:,} refused with {reason!r}, first in line {first}"
 
 
 def condition(text: str) -> tuple[str, str]:
@@ -89,8 +90,8 @@ def _column(names: list[str], wanted: str, path: Path) -> int:
     if wanted in names:
         return names.index(wanted)
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
-    hint = f", did you mean {near[0]!r}?" if near else ""
-    raise InputError(f"{path} has no column {wanted!r}{hint} Its columns: {', '.join(names)}")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(f"{path} has no column {wanted!r}: {hint}it has {', '.join(names)}")
 
 
 def _cells(value: Any) -> list[str]:
@@ -103,17 +104,17 @@ class _Selector:
     """Row as read → (url, captions), the reason it is refused, or None when it is not asked for."""
 
     def __init__(self, table: Table, choice: Choice, path: Path):
-        self.prefix = choice.url_prefix
+        self.path, self.prefix = path, choice.url_prefix
         self.url = _column(table.names, choice.url, path)
         self.captions = [_column(table.names, name, path) for name in choice.captions]
         self.where = [(_column(table.names, name, path), value) for name, value in choice.where]
-        self.seen: Counter[str] = Counter()  # values of the --where columns, for the message when none fits
+        self.seen: dict[str, None] = {}  # some values of the --where columns, for the message when none fits
 
     def __call__(self, cells: list[Any]) -> tuple[str, list[str]] | str | None:
         for column, value in self.where:
             if str(cells[column]) != value:
-                if len(self.seen) < 20:
-                    self.seen[str(cells[column])] += 1
+                if len(self.seen) < 10:
+                    self.seen[str(cells[column])] = None
                 return None
         urls = _cells(cells[self.url])
         if not urls:
@@ -147,6 +148,8 @@ def _chunks(table: Table, select: _Selector, source: str, refuse: Callable[[int,
             if len(columns[0]) == _CHUNK_ROWS:
                 yield _as_table(columns, source)
                 columns = ([], [], [])
+    if tally.rows == tally.unselected + tally.refused:
+        raise InputError(f"{select.path} {tally.why_nothing(select.seen)}")
     yield _as_table(columns, source)
 
 
@@ -196,8 +199,6 @@ def _united(bucket: pa.Table, tally: Tally) -> pa.Table:
 def _write(chunks: Iterator[pa.Table], out: Path, buckets: int, tally: Tally) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         by_hash = _scatter(chunks, lambda t: t["sample_id"].to_numpy() % buckets, buckets, Path(scratch, "hash"))
-        if tally.rows == tally.unselected + tally.refused:
-            raise InputError(tally.why_nothing())
         by_row = _scatter((_united(_read(path), tally) for path in by_hash),
                           lambda t: (t["source_row"].to_numpy() - 1) * buckets // tally.rows, buckets,
                           Path(scratch, "row"))
