@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.console import InputError, existing
+from pipeline.files import sha256_of
 
 CLASSIFICATION, RETRIEVAL = "classification", "retrieval"
 DATASET_TYPE, NSHARDS = "dataset_type.txt", "nshards.txt"
@@ -128,11 +129,7 @@ def _shards(folder: Path, split: str) -> tuple[Path, ...]:
 
 def _manifest(folder: Path, files: list[Path]) -> str:
     """sha256 over the lines `sha256sum` would print for the files, in the order of their names."""
-    lines = []
-    for file in sorted(files):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        lines.append(f"{digest}  {file.relative_to(folder).as_posix()}\n")
+    lines = [f"{sha256_of(file)}  {file.relative_to(folder).as_posix()}\n" for file in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -1,0 +1,77 @@
+"""Result rows: one JSON line a number, with its interval and everything needed to get it again."""
+
+import json
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import InputError
+
+PACKAGES = ("uniclip", "torch", "timm", "webdataset", "pillow", "numpy")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number over n queries or images: value, 95 % interval and chance level in 0…1."""
+
+    metric: str
+    n: int
+    value: float
+    interval: tuple[float, float]
+    chance: float
+    main_metric: bool
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a number was computed from. Two rows of equal provenance and metric are the same measurement."""
+
+    dataset: str
+    split: str
+    task: str
+    weights_sha256: str
+    data_sha256: str
+    prompts_sha256: str | None
+    transform: str
+
+    def fits(self, row: Row) -> bool:
+        """Whether `row` was measured on the same weights, data, prompts and transform."""
+        return all(row.get(name) == value for name, value in asdict(self).items())
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a number, and the commit when this is a checkout."""
+    found = {name: version(name) for name in PACKAGES}
+    root = Path(__file__).parent.parent
+    if (root / ".git").exists():
+        git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+                             capture_output=True, text=True, check=False)
+        found["commit"] = git.stdout.strip() or "unknown"
+    return found
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results file, none when it is absent. Raises InputError naming the line that is not one."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append(row | {"value": float(row["value"]), "metric": str(row["metric"])})
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}, line {number} is no result row: repair or remove the line") from None
+    return rows
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows in one write, so that evaluations running side by side can share a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
