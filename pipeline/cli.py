@@ -1,6 +1,5 @@
 """`uniclip-data`: parse, call one function, print. Heavy imports live inside the commands."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -90,7 +89,7 @@ def download(
     from pipeline.download import download as run_download
     from pipeline.fetch import USER_AGENT
 
-    options = Options(image_size, shard_size, processes or os.cpu_count() or 1, threads, timeout, retries,
+    options = Options(image_size, shard_size, processes, threads, timeout, retries,
                       tuple(allow_address or ()), user_agent or USER_AGENT)
     for line in run_download(urls, out, options, shlex.join(sys.argv)).lines():
         say(line)
@@ -110,7 +109,7 @@ def index(
 
     from pipeline.indexing import build
 
-    counts = build(folder, workers or os.cpu_count() or 1, shlex.join(sys.argv))["counts"]
+    counts = build(folder, workers, shlex.join(sys.argv))["counts"]
     for what, count in {"merged (equal sample id)": counts["merged"], **counts["excluded"]}.items():
         if count:
             say(f"{count:>12,}  {what}")

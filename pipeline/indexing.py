@@ -64,7 +64,7 @@ def _tars(folder: Path) -> list[str]:
     return names
 
 
-def _scan_all(folder: Path, names: list[str], scratch: Path, workers: int) -> list[_Scanned]:
+def _scan_all(folder: Path, names: list[str], scratch: Path, workers: int | None) -> list[_Scanned]:
     found: dict[int, _Scanned] = {}
     samples = 0
     with Meter("indexing tars", len(names)) as meter:
@@ -182,7 +182,7 @@ def _quarantine(path: Path, shards: list[_Scanned]) -> Counter[str]:
     return counts
 
 
-def build(folder: Path, workers: int, command: str = "") -> dict:
+def build(folder: Path, workers: int | None = None, command: str = "") -> dict:
     """Index every tar under `folder`; returns the manifest, which is written last.
 
     Raises InputError where there is no tar, WorkFailed where there is no usable sample.

@@ -159,9 +159,6 @@ def _as_table(columns: tuple[list, ...], source: str) -> pa.Table:
     return pa.table([urls, captions, [source] * len(urls), rows, ids], schema=URLS)
 
 
-# --- duplicates and order
-
-
 def _scatter(tables: Iterable[pa.Table], part_of: Callable[[pa.Table], np.ndarray], parts: int,
              folder: Path) -> list[Path]:
     """Each row into file `part_of` it, of `parts`; order is kept inside a file."""

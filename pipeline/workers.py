@@ -17,13 +17,21 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], processes: int) -> Iterator[Result]:
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task],
+                 processes: int | None = None) -> Iterator[Result]:
     """Results in the order they are finished; at most two tasks a process are taken from `tasks` ahead.
+
+    processes: by default one for each core.
 
     Not multiprocessing.Pool: that one waits for ever when a worker is killed. Raises what `function` raises, and
     WorkFailed for a killed worker.
     """
-    ahead = iter(tasks)
+    ahead, processes = iter(tasks), processes or cores()
     with ProcessPoolExecutor(processes, get_context("spawn"), _quiet_and_mortal) as pool:
         waiting = {pool.submit(function, task) for task in islice(ahead, 2 * processes)}
         try:
