@@ -21,7 +21,7 @@ from pipeline.files import sha256_of, write_json
 from pipeline.progress import Meter
 from pipeline.schema import URLS
 from pipeline.survival import Report, account, shard_files, so_far
-from pipeline.workers import in_processes
+from pipeline.processes import in_processes
 
 # What img2dataset copies into each sample's .json, beside sizes and the original's sha256; `caption` is its .txt.
 COLUMNS = ("sample_id", "captions", "source", "caption", "url")
@@ -130,7 +130,7 @@ def _finished(out: Path, shards: int) -> set[int]:
 
 
 def _in_worker(options: Options, scratch: Path, final: Path, task: tuple[int, str]) -> int:
-    from pipeline.shard import download_shard  # brings img2dataset, which the parent can do without
+    from pipeline.workers import download_shard  # brings img2dataset, which the parent can do without
 
     return download_shard(options, scratch, final, task)
 

@@ -20,7 +20,7 @@ from pipeline.index import INDEX_NAME, MANIFEST_NAME
 from pipeline.progress import Meter
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
 from pipeline.tars import ROWS, scan
-from pipeline.workers import in_processes
+from pipeline.processes import in_processes
 
 QUARANTINE_NAME = "quarantine.jsonl"
 
