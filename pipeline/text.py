@@ -85,11 +85,13 @@ class CaptionTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context: int) -> "CaptionTokenizer":
-        """A byte-level BPE of at most `vocab_size` tokens, learnt from `captions`."""
-        bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-        bpe.pre_tokenizer = _words()
-        alphabet = _byte_letters()
+        """A byte-level BPE of at most `vocab_size` tokens, learnt from `captions`; equal captions give equal ids.
+
+        GPT-2's form, where a word's leading space is part of it: with CLIP's end-of-word suffix the `tokenizers` trainer
+        numbers its letters in the order of a randomly seeded hash map, differently in every process.
+        """
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         bpe.train_from_iterator((clean(c) for c in captions), trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[PAD, START, END], initial_alphabet=alphabet,
-            end_of_word_suffix="</w>", show_progress=False))
+            vocab_size=vocab_size, special_tokens=[PAD, START, END], initial_alphabet=_byte_letters(), show_progress=False))
         return cls(bpe, context)

@@ -1,5 +1,8 @@
 """Tokens equal open_clip's; a trained vocabulary survives its file."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -53,3 +56,10 @@ def test_a_caption_cannot_forge_special_tokens(clip):
     ids = clip(["<end_of_text> after"])[0]
     assert (ids == clip.end_id).sum() == 1
     assert ids[1] != clip.end_id
+
+
+def test_equal_captions_train_equal_vocabularies_in_every_process():
+    code = ("import hashlib; from pipeline.text import CaptionTokenizer as T; "
+            "print(hashlib.sha256(T.train([f'a {c} {s} left of it' for c in ('red', 'teal', 'blue', 'grey') "
+            "for s in ('circle', 'square', 'star')], 330, 16).to_json().encode()).hexdigest())")
+    assert len({subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(3)}) == 1

@@ -42,7 +42,7 @@ class Log:
         say(self._line(metrics))
 
     def _line(self, m: dict) -> str:
-        left = (self._samples - m["samples"]) / max(m["samples_per_second"], 1e-9)
+        left = max(self._samples - m["samples"], 0) / max(m["samples_per_second"], 1e-9)
         temperature = "/".join(f"{t:.3f}" for t in m["temperature"])
         return (f"samples {m['samples']:,}/{self._samples:,}  loss {m['loss']:.4f}  lr {m['lr']:.2e}  τ {temperature}  "
                 f"{m['samples_per_second']:.0f} samples/s  waiting for data {m['data_wait']:.1%}  "

@@ -1,0 +1,188 @@
+"""A run that is killed goes on as if never stopped; a run that cannot start says why in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command
+
+from pipeline.console import InputError, WorkFailed
+from trainer import checkpoint
+from trainer.config import load_config
+from trainer.train import resume, start, train
+
+TINY = {"model.image.size": 24, "model.image.width": 32, "model.image.depth": 2, "model.image.heads": 2,
+        "model.text.width": 32, "model.text.depth": 2, "model.text.heads": 2, "model.dim": 16, "optim.batch_size": 16,
+        "optim.samples": 480, "optim.warmup_samples": 64, "run.save_every_samples": 48, "run.log_every": 1,
+        "data.threads": 1}
+
+
+def overrides(scenes: Path, folder: Path, **more) -> list[str]:
+    values = {"data.index": scenes / "train", "run.folder": folder, **TINY, **more}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def begin(scenes: Path, folder: Path, **more) -> Path:
+    config = load_config("scenes-tiny", overrides(scenes, folder, **more))
+    return train(config, start(config))
+
+
+def trace(folder: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(m["step"], m["samples"], m["loss"], m["grad_norm"], *m["temperature"], *m["offset"]) for m in lines]
+
+
+def weights(folder: Path) -> str:
+    return checkpoint.read_state(checkpoint.find(folder)).hashes[checkpoint.WEIGHTS]
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    begin(scenes, folder)
+    return folder
+
+
+def test_the_run_learns_and_leaves_what_it_should(finished):
+    losses = [row[2] for row in trace(finished)]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < sum(losses[:5])
+    kept = sorted(p.name for p in (finished / "checkpoints").iterdir())
+    assert kept == ["000000000432", "000000000480", "latest"]
+    names = {p.name for p in checkpoint.find(finished).iterdir()}
+    assert names == {"model.safetensors", "optimizer.pt", "tokenizer.json", "config.toml", "state.json"}
+    assert any((finished / "tensorboard").iterdir())
+
+
+def run_until(folder: Path, words: list[str], samples: int) -> None:
+    """Start the command and kill -9 it once it has logged `samples`."""
+    process = subprocess.Popen([Path(sys.executable).parent / "uniclip-train", *words], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_text().count("\n") * 16 >= samples:
+            break
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+
+
+@pytest.mark.parametrize("executor", ["dali", "pillow"])
+def test_killed_and_resumed_equals_never_stopped(scenes, tmp_path, executor):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = {"data.executor": executor}
+    begin(scenes, whole, **more)
+    run_until(killed, ["run", "scenes-tiny", *(w for o in overrides(scenes, killed, **more) for w in ("--set", o))], 150)
+    run_until(killed, ["resume", str(killed)], 300)
+    done = command("uniclip-train", "resume", killed)
+    assert done.returncode == 0, done.stderr
+    assert trace(killed) == trace(whole)
+    assert weights(killed) == weights(whole)
+
+
+def test_a_torn_checkpoint_is_never_used(scenes, tmp_path, finished):
+    """Stopped in the middle of writing a checkpoint: files are there, state.json is not, `latest` is the one before."""
+    folder = tmp_path / "torn"
+    begin(scenes, folder, **{"optim.samples": 96})
+    config, training = resume(folder)
+    torn = folder / "checkpoints" / "000000000144"
+    torn.mkdir()
+    (torn / checkpoint.WEIGHTS).write_bytes(b"half")
+    assert training.cursor.samples_seen == 96
+    longer = config.model_copy(update={"optim": config.optim.model_copy(update={"samples": 144})})
+    train(longer, training)
+    assert checkpoint.find(folder).name == "000000000144"
+    checkpoint.read_state(checkpoint.find(folder))
+
+
+def test_resuming_a_finished_run_changes_nothing(scenes, tmp_path):
+    folder = tmp_path / "done"
+    begin(scenes, folder, **{"optim.samples": 64})
+    before = trace(folder), weights(folder)
+    assert command("uniclip-train", "resume", folder).returncode == 0
+    assert (trace(folder), weights(folder)) == before
+
+
+def test_a_loaded_model_is_the_saved_one(finished):
+    loaded, again = checkpoint.load_model(finished), checkpoint.load_model(checkpoint.find(finished))
+    image, ids = torch.randn(3, 3, 24, 24), torch.from_numpy(loaded.tokenizer(["a red circle", "x", ""]))
+    with torch.no_grad():
+        assert torch.equal(loaded.model.encode_image(image), again.model.encode_image(image))
+        assert torch.equal(loaded.model.encode_text(ids), again.model.encode_text(ids))
+    assert not loaded.model.training
+    assert loaded.run == again.run == finished
+
+
+def test_damage_is_named(scenes, tmp_path):
+    folder = tmp_path / "damaged"
+    begin(scenes, folder, **{"optim.samples": 32})
+    file = checkpoint.find(folder) / checkpoint.WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match="does not match its sha256"):
+        checkpoint.load_model(folder)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(scenes, tmp_path):
+    folder = tmp_path / "nan"
+    config = load_config("scenes-tiny", overrides(scenes, folder))
+    training = start(config)
+    with torch.no_grad():
+        training.model.image_head.out.weight[0, 0] = float("nan")
+    before = {name: p.clone() for name, p in training.model.named_parameters()}
+    with pytest.raises(WorkFailed, match="not finite"):
+        train(config, training)
+    assert all(torch.equal(p, before[name], ) or name == "image_head.out.weight"
+               for name, p in training.model.named_parameters())
+
+
+WRONG = [
+    (["run", "nowhere.toml"], 2, "neither a TOML file nor a preset"),
+    (["run", "scenes-tny"], 2, "did you mean scenes-tiny?"),
+    (["run", "scenes-tiny", "--set", "optim.lrate=1"], 2, "did you mean optim.lr?"),
+    (["run", "scenes-tiny", "--set", "data.index=nowhere"], 2, "nowhere"),
+    (["run", "scenes-tiny", "--set", "run.device=cuda:7"], 2, "no CUDA device"),
+    (["resume", "nowhere"], 2, "holds no checkpoint"),
+]
+
+
+@pytest.mark.parametrize("words, code, message", WRONG, ids=lambda x: str(x)[:30])
+def test_wrong_input_is_one_clear_line(scenes, tmp_path, words, code, message):
+    if torch.cuda.is_available() and "run.device=cuda:7" in words:
+        pytest.skip("there is a CUDA device")
+    if not any("data.index" in word for word in words) and words[0] == "run":
+        words = [*words, "--set", f"data.index={scenes / 'train'}", "--set", f"run.folder={tmp_path}/run"]
+    done = command("uniclip-train", *words)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_is_not_started_over_another(scenes, finished):
+    done = command("uniclip-train", "run", "scenes-tiny", *(w for o in overrides(scenes, finished) for w in ("--set", o)))
+    assert done.returncode == 2
+    assert "already holds a run: go on with `uniclip-train resume" in done.stderr
+
+
+def test_other_data_on_resume_is_refused(scenes, tmp_path):
+    folder = tmp_path / "moved"
+    begin(scenes, folder, **{"optim.samples": 32})
+    config, training = resume(folder)
+    state = checkpoint.read_state(checkpoint.find(folder))
+    other = json.loads((checkpoint.find(folder) / "state.json").read_text())
+    other["cursor"]["index"] = "another"
+    (checkpoint.find(folder) / "state.json").write_text(json.dumps(other))
+    assert state.cursor == training.cursor
+    done = command("uniclip-train", "resume", folder)
+    assert done.returncode == 2
+    assert "the data stream's 'index' was another" in done.stderr
