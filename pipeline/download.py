@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from pipeline.console import InputError, WorkFailed, existing
 from pipeline.fetch import USER_AGENT, Policy, networks
 from pipeline.files import sha256_of, write_json
+from pipeline.processes import in_processes
 from pipeline.progress import Meter
 from pipeline.schema import URLS
 from pipeline.survival import Report, account, shard_files, so_far
-from pipeline.processes import in_processes
 
 # What img2dataset copies into each sample's .json, beside sizes and the original's sha256; `caption` is its .txt.
 COLUMNS = ("sample_id", "captions", "source", "caption", "url")

@@ -74,10 +74,12 @@ class Index:
         try:
             manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
             file = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME)))
-        except (ValueError, OSError) as error:
-            raise InputError(f"{folder}: the index cannot be read ({error}): {cure}") from None
-        _check(folder, manifest, file, cure)
-        return cls(folder, manifest, file)
+            _check(folder, manifest, file, cure)
+            return cls(folder, manifest, file)
+        except InputError:
+            raise
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder}: the index cannot be read ({error!r}): {cure}") from None
 
     def __reduce__(self):
         return Index.open, (self.folder,)

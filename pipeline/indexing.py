@@ -4,23 +4,25 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.console import InputError, WorkFailed, existing
 from pipeline.files import replacing, write_json
 from pipeline.index import INDEX_NAME, MANIFEST_NAME
+from pipeline.processes import in_processes
 from pipeline.progress import Meter
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
 from pipeline.tars import ROWS, scan
-from pipeline.processes import in_processes
 
 QUARANTINE_NAME = "quarantine.jsonl"
 
@@ -113,62 +115,64 @@ def _with_captions(table: pa.Table, gained: dict[int, list[str]]) -> pa.Table:
     return table.set_column(table.schema.get_field_index("captions"), ROWS.field("captions"), column)
 
 
-def _coded(tables: Iterator[pa.Table], names: list[str], sources: list[str], kept: list[int]) -> Iterator[pa.Table]:
-    """The index's columns, with names as codes. Appends to `kept` how many rows each shard has left."""
+def _coded(tables: Iterable[pa.Table], sources: list[str], kept: list[int]) -> Iterator[pa.Table]:
+    """The index's columns with names still as codes. Appends to `kept` how many rows each shard has left."""
     for number, table in enumerate(tables):
         kept.append(table.num_rows)
-        shard = pa.DictionaryArray.from_arrays(np.full(table.num_rows, number, np.int32), pa.array(names, pa.string()))
-        codes = np.array([sources.index(source) for source in table["source"].to_pylist()], np.int16)
-        source = pa.DictionaryArray.from_arrays(codes, pa.array(sources, pa.string()))
-        group = pa.array(np.full(table.num_rows, -1))
-        made = {"shard": shard, "source": source, "group": group}
-        yield pa.table([made.get(name, table[name] if name in ROWS.names else None) for name in INDEX.names],
-                       schema=INDEX)
+        made = {"shard": pa.array(np.full(table.num_rows, number, np.int32)),
+                "source": pc.index_in(  # pyright: ignore[reportAttributeAccessIssue]
+                    table["source"], value_set=pa.array(sources, pa.string())).cast(pa.int16()),
+                "group": pa.array(np.full(table.num_rows, -1))}
+        yield pa.table({name: made.get(name, table[name] if name in ROWS.names else None) for name in INDEX.names})
 
 
-def _batches(tables: Iterator[pa.Table]) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of INDEX_BATCH_ROWS; only the last one may be shorter."""
+def _batches(tables: Iterable[pa.Table], names: list[str], sources: list[str]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of INDEX_BATCH_ROWS, only the last one shorter; codes become dictionary columns."""
+    dictionaries = {"shard": pa.array(names, pa.string()), "source": pa.array(sources, pa.string())}
+
+    def batch(table: pa.Table) -> pa.RecordBatch:
+        columns = {name: table[name].combine_chunks() for name in INDEX.names}
+        for name, dictionary in dictionaries.items():
+            columns[name] = pa.DictionaryArray.from_arrays(columns[name], dictionary)
+        return pa.record_batch(list(columns.values()), schema=INDEX)
+
     waiting: list[pa.Table] = []
     for table in tables:
         waiting.append(table)
         while sum(t.num_rows for t in waiting) >= INDEX_BATCH_ROWS:
             joined = pa.concat_tables(waiting)
-            yield _batch(joined.slice(0, INDEX_BATCH_ROWS))
+            yield batch(joined.slice(0, INDEX_BATCH_ROWS))
             waiting = [joined.slice(INDEX_BATCH_ROWS)]
-    if rest := sum(t.num_rows for t in waiting):
-        yield _batch(pa.concat_tables(waiting).slice(0, rest))
+    if any(t.num_rows for t in waiting):
+        yield batch(pa.concat_tables(waiting))
 
 
-def _batch(table: pa.Table) -> pa.RecordBatch:
-    return table.combine_chunks().to_batches()[0]
-
-
-def _digest(hasher, batch: pa.RecordBatch) -> None:
-    """Feed every column but `group`: numbers as bytes, texts as lengths and bytes."""
+def _streams(batch: pa.RecordBatch) -> Iterator[tuple[str, Any]]:
+    """Every column but `group` as named streams of bytes that do not depend on where batches are cut."""
     for name in INDEX.names:
-        if name == "group":
-            continue
         column = batch.column(name)
         if isinstance(column, pa.DictionaryArray):
             column = column.indices
         if isinstance(column, pa.ListArray):
-            hasher.update(column.value_lengths().to_numpy().tobytes())
+            yield f"{name} counts", column.value_lengths().to_numpy()
             column = column.flatten()
         if pa.types.is_string(column.type):
-            hasher.update(np.array([len(text.encode()) for text in column.to_pylist()], np.int32).tobytes())
-            hasher.update("".join(column.to_pylist()).encode())
-        else:
-            hasher.update(column.to_numpy(zero_copy_only=False).tobytes())
+            yield f"{name} lengths", pc.binary_length(column).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+            yield name, "".join(column.to_pylist()).encode()
+        elif name != "group":
+            yield name, np.ascontiguousarray(column.to_numpy(zero_copy_only=False))
 
 
 def _write(path: Path, batches: Iterator[pa.RecordBatch], names: list[str], sources: list[str]) -> str:
-    """Write index.arrow; return its fingerprint."""
-    hasher = hashlib.sha256(json.dumps([SCHEMA_VERSION, names, sources]).encode())
+    """Write index.arrow; return its fingerprint: a sha256 over the names and over each column's own sha256."""
+    hashers: defaultdict[str, Any] = defaultdict(hashlib.sha256)
     with replacing(path) as temporary, pa.ipc.new_file(temporary, INDEX) as writer:
         for batch in batches:
-            _digest(hasher, batch)
             writer.write_batch(batch)
-    return hasher.hexdigest()
+            for name, data in _streams(batch):
+                hashers[name].update(data)
+    told = [SCHEMA_VERSION, names, sources, {name: hasher.hexdigest() for name, hasher in hashers.items()}]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _quarantine(path: Path, shards: list[_Scanned]) -> Counter[str]:
@@ -178,7 +182,7 @@ def _quarantine(path: Path, shards: list[_Scanned]) -> Counter[str]:
         for shard in shards:
             for key, reason in shard.unusable:
                 counts[reason] += 1
-                file.write(json.dumps({"shard": shard.name, "key": key, "reason": reason}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"shard": shard.name, "key": key, "reason": reason}) + "\n")
     return counts
 
 
@@ -200,8 +204,8 @@ def build(folder: Path, workers: int | None = None, command: str = "") -> dict:
             raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars; {count:,} × {reason}, "
                              f"see {folder / QUARANTINE_NAME}")
         sources, kept = sorted(set().union(*(shard.sources for shard in shards))), []
-        coded = _coded(_united(shards), names, sources, kept)
-        fingerprint = _write(folder / INDEX_NAME, _batches(coded), names, sources)
+        batches = _batches(_coded(_united(shards), sources, kept), names, sources)
+        fingerprint = _write(folder / INDEX_NAME, batches, names, sources)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "counts": {"samples": sum(kept), "merged": total - sum(kept), "excluded": dict(excluded.most_common())},

@@ -30,7 +30,7 @@ class Group:
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    cut: bool = False  # the tar ends inside it
+    broken: str = ""  # why the tar does not give it whole
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,11 @@ def why_undecodable(error: Undecodable) -> str:
 
 
 def groups(path: Path) -> Iterator[Group]:
-    """The samples of a tar in its order. A tar that stops without its end mark ends with a group that is `cut`."""
-    size, group = path.stat().st_size, None
+    """The samples of a tar in its order.
+
+    A tar that stops without its end mark ends with a `broken` group: the sample it was cut in, or one without a key.
+    """
+    size, group, whole = path.stat().st_size, None, False
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -71,14 +74,15 @@ def groups(path: Path) -> Iterator[Group]:
                             yield group
                         group = Group(key)
                     group.members[suffix] = member.offset_data, member.size
-                    group.cut = member.offset_data + member.size > size
+                    if member.offset_data + member.size > size:
+                        group.broken = "truncated tar"
                 whole = _ends_properly(file, tar.offset)
-        except tarfile.ReadError:
-            whole = False
+        except (tarfile.TarError, ValueError, OverflowError):
+            pass  # a torn or foreign header: said below
     if group:
         yield group
-    if not whole and not (group and group.cut):
-        yield Group("", cut=True)
+    if not whole and not (group and group.broken):
+        yield Group("", broken="truncated tar" if group else "not a tar")
 
 
 def _ends_properly(file: BinaryIO, offset: int) -> bool:
@@ -107,8 +111,10 @@ def scan(path: Path) -> Shard:
 
 def _row(file: BinaryIO, group: Group) -> dict[str, Any]:
     """One row of the index. Raises Unusable."""
-    if group.cut:
-        raise Unusable("truncated tar")
+    if group.broken:
+        raise Unusable(group.broken)
+    if not _is_utf8(group.key):
+        raise Unusable("key is not UTF-8")
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group.members), None)
     if suffix is None:
         raise Unusable("no image")
@@ -121,7 +127,7 @@ def _row(file: BinaryIO, group: Group) -> dict[str, Any]:
     offset, size = group.members[suffix]
     return {"key": group.key, "offset": offset, "size": size, "width": facts.width, "height": facts.height,
             "plain": facts.plain, "captions": _captions(file, group, told), "sample_id": _sample_id(told, image),
-            "source": told["source"] if isinstance(told.get("source"), str) else ""}
+            "source": _source(told)}
 
 
 def _bytes(file: BinaryIO, group: Group, suffix: str) -> bytes:
@@ -149,18 +155,28 @@ def _captions(file: BinaryIO, group: Group, told: dict[str, Any]) -> list[str]:
         candidates.append([_bytes(file, group, "txt").decode("utf-8", "surrogateescape")])
     for candidate in candidates:
         texts = [text.strip() for text in candidate if isinstance(text, str) and text.strip()]
-        if not texts:
-            continue
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError:
-            raise Unusable("caption is not UTF-8") from None
-        return list(dict.fromkeys(texts))
+        if texts and not all(map(_is_utf8, texts)):
+            raise Unusable("caption is not UTF-8")
+        if texts:
+            return list(dict.fromkeys(texts))
     raise Unusable("no caption")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _source(told: dict[str, Any]) -> str:
+    source = told.get("source")
+    return source if isinstance(source, str) and _is_utf8(source) else ""
 
 
 def _sample_id(told: dict[str, Any], image: bytes) -> int:
     given, url = told.get("sample_id"), told.get("url")
     if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < 2**63:
         return given
-    return sample_id_of(url if isinstance(url, str) and url else image)
+    return sample_id_of(url if isinstance(url, str) and url and _is_utf8(url) else image)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 from conftest import command, encoded, picture
 from PIL import Image
 from webserver import serving
@@ -23,6 +25,8 @@ from webserver import serving
 from pipeline.console import InputError
 from pipeline.download import Options, download
 from pipeline.images import upright_rgb
+from pipeline.index import Index
+from pipeline.indexing import build
 from pipeline.schema import URLS, sample_id_of
 
 HERE = ("127.0.0.1",)
@@ -152,6 +156,27 @@ def test_images_are_upright_rgb_on_white(run):
         assert apart < 2.5, f"{path}: {apart:.1f} of 255 apart from the original on white"
 
 
+def test_webdataset_reads_what_the_index_says(run, tmp_path):
+    for tar in run[0].glob("*.tar"):
+        shutil.copy(tar, tmp_path)
+    build(tmp_path)
+    index = Index.open(tmp_path)
+    ours = {}
+    for row in range(len(index)):
+        at = {name: values[0] for name, values in index.columns(np.array([row])).items()}
+        with (tmp_path / index.shards[at["shard"]]).open("rb") as file:
+            file.seek(at["offset"])
+            ours[at["sample_id"]] = index.key(row), index.captions(row), file.read(at["size"])
+        assert at["plain"]
+    tars = [str(tar) for tar in sorted(tmp_path.glob("*.tar"))]
+    theirs = {}
+    for sample in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False):
+        told = json.loads(sample["json"])
+        theirs[told["sample_id"]] = sample["__key__"], told["captions"], sample["jpg"]
+    assert ours == theirs
+    assert len(ours) == run[1].stored
+
+
 def test_plain_small_jpegs_are_stored_byte_for_byte(run):
     folder, _, site, _, _, good = run
     found = samples(folder)
@@ -240,9 +265,9 @@ def test_kill_9_in_the_middle_then_rerun_gives_the_same_set(tmp_path):
         paths = [f"/{i}.jpg" for i in range(200)]
         site.pages.update(dict.fromkeys(paths, slowly))
         table, out = url_table(tmp_path / "u.parquet", [site.url(path) for path in paths]), tmp_path / "out"
-        words = ["download", table, out, "--shard-size", "10", "--processes", "2", "--threads", "2",
-                 "--allow-address", "127.0.0.1"]
-        first = subprocess.Popen([Path(sys.executable).parent / "uniclip-data", *map(str, words)], stderr=subprocess.DEVNULL)
+        words = ["download", table, out, "--shard-size", "10", "--threads", "2", "--allow-address", "127.0.0.1", "--processes"]
+        first = subprocess.Popen([Path(sys.executable).parent / "uniclip-data", *map(str, words), "2"],
+                                 stderr=subprocess.DEVNULL)
         children = _wait_for(lambda: list(out.glob("*_stats.json")) and _children(first.pid))
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
@@ -253,7 +278,7 @@ def test_kill_9_in_the_middle_then_rerun_gives_the_same_set(tmp_path):
         (out / "00019.tar").write_bytes(b"torn")  # as if it had been killed between the names of one shard
         (out / "00018_stats.json").unlink(missing_ok=True)
         site.hits.clear()
-        done = command("uniclip-data", *words)
+        done = command("uniclip-data", *words, "1")
         assert done.returncode == 0, done.stderr
         assert set(samples(out)) == {site.url(path) for path in paths}
         assert site.hits.total() <= 200 - sum(finished) + 10, "finished shards were asked for again"
