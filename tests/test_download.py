@@ -265,7 +265,8 @@ def test_kill_9_in_the_middle_then_rerun_gives_the_same_set(tmp_path):
         paths = [f"/{i}.jpg" for i in range(200)]
         site.pages.update(dict.fromkeys(paths, slowly))
         table, out = url_table(tmp_path / "u.parquet", [site.url(path) for path in paths]), tmp_path / "out"
-        words = ["download", table, out, "--shard-size", "10", "--threads", "2", "--allow-address", "127.0.0.1", "--processes"]
+        words = ["download", table, out, "--shard-size", "10", "--threads", "2", "--allow-address", "127.0.0.1",
+                 "--processes"]
         first = subprocess.Popen([Path(sys.executable).parent / "uniclip-data", *map(str, words), "2"],
                                  stderr=subprocess.DEVNULL)
         children = _wait_for(lambda: list(out.glob("*_stats.json")) and _children(first.pid))
