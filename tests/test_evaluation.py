@@ -45,9 +45,6 @@ def several(tmp_path: Path) -> Path:
     return tmp_path / "several"
 
 
-# ---- intervals
-
-
 def test_wilson_reproduces_published_intervals() -> None:
     """Newcombe 1998, table I, score method without continuity correction."""
     for hits, n, low, high in ((81, 263, .2553, .3662), (15, 148, .0624, .1605), (0, 20, 0, .1611), (1, 29, .0061, .1718)):
@@ -82,9 +79,6 @@ def test_bootstrap_is_seeded_and_agrees_with_wilson_where_both_hold() -> None:
         return float(weight_N @ hit_N / 400)
     assert bootstrap(share, 400, 3) == bootstrap(share, 400, 3) != bootstrap(share, 400, 4)
     assert bootstrap(share, 400, 3) == pytest.approx(wilson(100, 400), abs=0.01)
-
-
-# ---- embeddings and prompts
 
 
 def test_embeddings_do_not_depend_on_how_many_are_asked_for(loaded: Loaded, several: Path) -> None:
@@ -129,9 +123,6 @@ def test_prompts_across_classes_equal_class_by_class(loaded: Loaded) -> None:
         torch.testing.assert_close(w_D, mean / mean.norm(), atol=1e-5, rtol=1e-5)
     assert prompts_sha256(names, templates) != prompts_sha256(names[::-1], templates)
     assert prompts_sha256(names, templates) != prompts_sha256(names, templates[:2])
-
-
-# ---- tasks
 
 
 def test_zeroshot_scores_by_hand() -> None:
@@ -182,9 +173,6 @@ def test_zeroshot_rows_equal_a_plain_computation(loaded: Loaded, scenes: Path, t
     assert {row["metric"] for row in rows} == {"accuracy", "accuracy@5", "mean_per_class_recall"}
 
 
-# ---- rows
-
-
 def test_finished_rows_are_skipped_until_something_they_depend_on_changes(
         loaded: Loaded, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = tmp_path / "shape", tmp_path / "results.jsonl"
@@ -218,9 +206,6 @@ def test_an_index_becomes_a_retrieval_set(scenes: Path, tmp_path: Path, monkeypa
     with (index.folder / index.shards[columns["shard"][5]]).open("rb") as shard:
         shard.seek(columns["offset"][5])
         assert shard.read(columns["size"][5]) == examples[5][1]
-
-
-# ---- wrong input
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
