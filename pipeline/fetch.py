@@ -95,7 +95,7 @@ def _hop(url: str, policy: Policy, end: float) -> bytes | str:
 
 def _answer(response: http.client.HTTPResponse, url: str, policy: Policy) -> bytes | str:
     if response.status in _REDIRECTS and (location := response.headers.get("Location")):
-        return urljoin(url, location)
+        return urljoin(url, quote(location, safe=_LEGAL + "#", encoding="latin-1"))  # headers arrive as Latin-1
     if not 200 <= response.status < 300:
         raise Failure(f"http {response.status}", passing=response.status in _PASSING_STATUS)
     if opted_out(response.headers.get_all("X-Robots-Tag", []), policy.user_agent):

@@ -32,6 +32,8 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task],
     WorkFailed for a killed worker.
     """
     ahead, processes = iter(tasks), processes or cores()
+    # A killed worker cannot release its locks; Python's tracker does, but reports it between our lines.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     with ProcessPoolExecutor(processes, get_context("spawn"), _quiet_and_mortal) as pool:
         waiting = {pool.submit(function, task) for task in islice(ahead, 2 * processes)}
         try:

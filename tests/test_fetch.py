@@ -39,7 +39,9 @@ def test_body_comes_back_whole_through_redirects_and_odd_paths(site):
     site.pages["/a b/ü.jpg"] = body
     site.pages["/from"] = 302, {"Location": "/via"}, b""
     site.pages["/via"] = 308, {"Location": site.url("/a%20b/%C3%BC.jpg")}, b""
+    site.pages["/raw"] = 302, {"Location": "/a b/ü.jpg".encode().decode("latin-1")}, b""
     assert fetch(site.url("/from"), HERE) == body
+    assert fetch(site.url("/raw"), HERE) == body
     assert fetch(site.url("/a b/ü.jpg"), HERE) == body
 
 
