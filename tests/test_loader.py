@@ -30,7 +30,8 @@ def tokenizer(index):
 
 
 def loader(index, tokenizer, samples_seen=0, batch=16, recipe=RECIPE, **options) -> Loader:
-    return Loader(index, tokenizer, recipe, Cursor(5, samples_seen, index.fingerprint, recipe.fingerprint()), batch, **options)
+    cursor = Cursor(5, samples_seen, index.fingerprint, recipe.fingerprint())
+    return Loader(index, tokenizer, recipe, cursor, batch, **options)
 
 
 def collect(stream: Loader, samples: int) -> dict[str, torch.Tensor]:

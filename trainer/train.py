@@ -97,6 +97,7 @@ def train(config: Config, t: Training) -> Path:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("training on several processes is not there yet: start one process, without torchrun")
     run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / checkpoint.CONFIG).write_text(config.to_toml())
     log = Log(run.folder, optim.samples, t.cursor.samples_seen)
     if t.cursor.samples_seen == 0:
         saved = _save(config, t)
