@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+
+install_import_hook(["trainer.encoders", "trainer.heads", "trainer.model", "trainer.similarity"], "beartype.beartype")
 
 
 def picture(seed: int, width: int = 80, height: int = 60) -> Image.Image:

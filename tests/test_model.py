@@ -143,3 +143,8 @@ def test_the_rate_warms_up_and_ends_at_zero():
     assert rates.argmax() in (9, 10)
     assert (np.diff(rates[10:]) < 0).all()
     assert learning_rate(optim, 10_000) < 1e-12
+
+
+def test_wrong_shapes_are_refused_under_pytest():
+    with pytest.raises(Exception, match="11"):
+        AugmentationEncoder()(torch.zeros(2, 10))

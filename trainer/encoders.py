@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 import torch
+from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"{arch} is not a timm VisionTransformer with a class token")
         self.vit, self.width, self.size = vit, vit.num_features, size
 
-    def forward(self, image_BCHW: Tensor) -> Tensor:
+    def forward(self, image_BCHW: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B W"]:
         """(B, 3, S, S) → h (B, width)."""
         return self.vit(image_BCHW)
 
@@ -51,7 +52,7 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.token.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
 
-    def forward(self, token_BL: Tensor) -> Tensor:
+    def forward(self, token_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B W"]:
         """(B, L) int64 → (B, width)."""
         is_end_BL = token_BL == self.end_id
         real_BL = is_end_BL.cumsum(1) - is_end_BL.long() == 0

@@ -1,6 +1,7 @@
 """f_A and the heads g_I, g_T: from a tower's feature and the augmentation embedding to the shared space (METHOD §3)."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.schema import VECTOR_SIZE
@@ -15,7 +16,7 @@ class AugmentationEncoder(nn.Module):
         self.layers = nn.Sequential(nn.Linear(VECTOR_SIZE, width), nn.GELU(), nn.Linear(width, width), nn.GELU(),
                                     nn.Linear(width, width))
 
-    def forward(self, vector_BA: Tensor) -> Tensor:
+    def forward(self, vector_BA: Float[Tensor, "B 11"]) -> Float[Tensor, "B E"]:
         """(B, 11) → (B, width)."""
         return self.layers(vector_BA)
 
@@ -28,7 +29,7 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(nn.LayerNorm(width + condition), nn.Linear(width + condition, width), nn.GELU(),
                                     nn.Linear(width, width))
 
-    def forward(self, x_BW: Tensor, e_BE: Tensor | None) -> Tensor:
+    def forward(self, x_BW: Float[Tensor, "B W"], e_BE: Float[Tensor, "B E"] | None) -> Float[Tensor, "B W"]:
         """(B, width), (B, condition) or None → (B, width)."""
         return x_BW + self.layers(_joined(x_BW, e_BE))
 
@@ -45,7 +46,7 @@ class ResidualHead(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(width, condition) for _ in range(depth))
         self.out = nn.Linear(width, dim)
 
-    def forward(self, h_BW: Tensor, e_BE: Tensor | None = None) -> Tensor:
+    def forward(self, h_BW: Float[Tensor, "B W"], e_BE: Float[Tensor, "B E"] | None = None) -> Float[Tensor, "B D"]:
         """h (B, width) and e (B, condition) or None → z (B, D)."""
         for block in self.blocks:
             h_BW = block(h_BW, e_BE)
@@ -63,7 +64,7 @@ class MlpHead(nn.Module):
         layers.append(nn.Linear(width + condition if depth == 1 else width, dim))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, h_BW: Tensor, e_BE: Tensor | None = None) -> Tensor:
+    def forward(self, h_BW: Float[Tensor, "B W"], e_BE: Float[Tensor, "B E"] | None = None) -> Float[Tensor, "B D"]:
         """h (B, width) and e (B, condition) or None → z (B, D)."""
         return self.layers(_joined(h_BW, e_BE))
 

@@ -1,6 +1,7 @@
 """UniCLIP: two towers, the augmentation encoder, residual heads, one embedding space."""
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.schema import IDENTITY
@@ -28,11 +29,12 @@ class UniCLIP(nn.Module):
         self.similarity = Similarity(config.similarity.kind, config.similarity.temperature, learn_offset)
         self.register_buffer("identity_A", torch.from_numpy(IDENTITY.copy()), persistent=False)
 
-    def image_features(self, image_BCHW: Tensor) -> Tensor:
+    def image_features(self, image_BCHW: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B W"]:
         """h: what linear probe and fine-tuning use → (B, width)."""
         return self.image(image_BCHW)
 
-    def encode_image(self, image_BCHW: Tensor, vector_BA: Tensor | None = None) -> Tensor:
+    def encode_image(self, image_BCHW: Float[Tensor, "B 3 S S"],
+                     vector_BA: Float[Tensor, "B 11"] | None = None) -> Float[Tensor, "B D"]:
         """z of images seen through the augmentation `vector_BA`; the identity when it is not given → (B, D)."""
         h_BW = self.image(image_BCHW)
         if self.augmentation is None:
@@ -41,11 +43,12 @@ class UniCLIP(nn.Module):
             vector_BA = self.get_buffer("identity_A").expand(len(h_BW), -1)
         return self.image_head(h_BW, self.augmentation(vector_BA))
 
-    def encode_text(self, token_BL: Tensor) -> Tensor:
+    def encode_text(self, token_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
         """z of captions → (B, D)."""
         return self.text_head(self.text(token_BL))
 
-    def forward(self, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, views: list[Float[Tensor, "B 3 S S"]], vector_BVA: Float[Tensor, "B V 11"],
+                token_BTL: Int[Tensor, "B T L"]) -> tuple[Float[Tensor, "B V D"], Float[Tensor, "B T D"]]:
         """V tensors (B, 3, S, S), vectors, tokens → image (B, V, D) and text (B, T, D) embeddings."""
         count, texts = len(views), token_BTL.shape[1]
         z_image = self.encode_image(torch.cat(views), vector_BVA.transpose(0, 1).flatten(0, 1))

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 DOMAIN_PAIRS = ("image-image", "image-text", "text-text")
@@ -22,7 +23,7 @@ class Similarity(nn.Module):
         self.log_temperature = nn.Parameter(torch.full((count,), math.log(temperature)))
         self.offset = nn.Parameter(torch.zeros(count), requires_grad=learn_offset)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
         """→ temperatures (3,) and offsets (3,) in the order of DOMAIN_PAIRS."""
         return self.log_temperature.exp().expand(3), self.offset.expand(3)
 
@@ -32,6 +33,6 @@ class Similarity(nn.Module):
         self.log_temperature.clamp_(min=math.log(TEMPERATURE_FLOOR))
 
 
-def comparable_offsets(temperature_3: Tensor, offset_3: Tensor) -> Tensor:
+def comparable_offsets(temperature_3: Float[Tensor, "3"], offset_3: Float[Tensor, "3"]) -> Float[Tensor, "3"]:
     """b_D − c·τ_D with c such that the image-text offset is 0: the one free direction removed (METHOD §4) → (3,)."""
     return offset_3 - offset_3[1] / temperature_3[1] * temperature_3
