@@ -35,9 +35,9 @@ urls = make_app("Write urls.parquet, the table that `download` reads.")
 app.add_typer(urls, name="urls")
 
 
-@urls.callback()
+@urls.callback()  # keeps `table` a named command while it is the only one
 def _urls() -> None:
-    """Keep `table` a named command while it is the only one."""
+    """Write urls.parquet, the table that `download` reads."""
 
 
 @urls.command()
@@ -62,7 +62,8 @@ def table(
     tally = write_urls(file, out, choice)
     for line in tally.lines():
         say(line)
-    say(f"{out}: {tally.urls:,} URLs")
+    if tally.refused:
+        say(f"refused rows are listed in {out.with_suffix('.refused.jsonl')}")
 
 
 @app.command()

@@ -181,15 +181,26 @@ def _complete(table: pq.ParquetFile, urls: Path, out: Path, options: Options, co
         _run(table, out, options, done)
     report = account(out, rows, options.shard_size)
     if report.stored == 0:
-        for shard in range(shards):  # so that the next run tries again
-            for path in shard_files(out, shard):
-                path.unlink()
-        reason, count = next(iter(report.failed.items()))
-        raise WorkFailed(f"none of {rows:,} URLs could be fetched, {count:,} of them with \"{reason}\", "
-                         f"e.g. {report.example[reason]}")
+        _forget(out, shards)
+        raise WorkFailed(_why_nothing(report))
     if not (out / _REPORT).exists():
         versions = {name: version(name) for name in ("img2dataset", "pillow", "opencv-python-headless", "pyarrow")}
         write_json(out / _REPORT, {
             **asdict(report), "seconds": round(time.monotonic() - began, 1), "rows_of_earlier_runs": so_far(out, done)[0],
             "settings": asdict(options), "urls": str(urls), "versions": versions, "command": command})
     return report
+
+
+def _forget(out: Path, shards: int) -> None:
+    """Remove shards and settings, so that the next run tries again and may be told otherwise."""
+    for shard in range(shards):
+        for path in shard_files(out, shard):
+            path.unlink()
+    (out / _SETTINGS).unlink()
+
+
+def _why_nothing(report: Report) -> str:
+    reason, count = next(iter(report.failed.items()))
+    cure = ": if that address is meant, allow it with --allow-address" if reason == "refused address" else ""
+    return (f"none of {report.rows:,} URLs could be fetched, {count:,} of them with \"{reason}\", "
+            f"e.g. {report.example[reason]}{cure}")

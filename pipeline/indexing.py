@@ -25,6 +25,7 @@ from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
 from pipeline.tars import ROWS, scan
 
 QUARANTINE_NAME = "quarantine.jsonl"
+_MAX_SOURCES = 32_767  # codes are int16; a `source` that differs more often than that names no source
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _coded(tables: Iterable[pa.Table], sources: list[str], kept: list[int]) -> I
         kept.append(table.num_rows)
         made = {"shard": pa.array(np.full(table.num_rows, number, np.int32)),
                 "source": pc.index_in(  # pyright: ignore[reportAttributeAccessIssue]
-                    table["source"], value_set=pa.array(sources, pa.string())).cast(pa.int16()),
+                    table["source"], value_set=pa.array(sources, pa.string())).fill_null(0).cast(pa.int16()),
                 "group": pa.array(np.full(table.num_rows, -1))}
         yield pa.table({name: made.get(name, table[name] if name in ROWS.names else None) for name in INDEX.names})
 
@@ -204,6 +205,8 @@ def build(folder: Path, workers: int | None = None, command: str = "") -> dict:
             raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars; {count:,} × {reason}, "
                              f"see {folder / QUARANTINE_NAME}")
         sources, kept = sorted(set().union(*(shard.sources for shard in shards))), []
+        if len(sources) > _MAX_SOURCES:
+            sources = [""]
         batches = _batches(_coded(_united(shards), sources, kept), names, sources)
         fingerprint = _write(folder / INDEX_NAME, batches, names, sources)
     manifest = {

@@ -236,17 +236,17 @@ def test_wrong_address_is_one_line_and_exit_code_2(tmp_path):
     assert done.stderr == "error: --allow-address: 'localhost' does not appear to be an IPv4 or IPv6 network\n"
 
 
-def test_nothing_fetched_is_exit_code_1_and_the_next_run_tries_again(tmp_path):
+def test_nothing_fetched_is_exit_code_1_and_the_next_run_may_be_told_otherwise(tmp_path):
     with serving() as site:
+        site.pages.update({f"/{i}.jpg": encoded(picture(i)) for i in range(3)})
         table = url_table(tmp_path / "u.parquet", [site.url(f"/{i}.jpg") for i in range(3)])
-        words = [sys.executable, "-m", "pipeline.cli", "download", table, tmp_path / "out", "--allow-address", "127.0.0.1",
-                 "--processes", "1"]
+        words = [sys.executable, "-m", "pipeline.cli", "download", table, tmp_path / "out", "--processes", "1"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1
-        assert re.fullmatch(r'error: none of 3 URLs could be fetched, 3 of them with "http 404", e.g. http://127.0.0.1:\d+/\d.jpg\n',
-                            done.stderr)
-        site.pages.update({f"/{i}.jpg": encoded(picture(i)) for i in range(3)})
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert re.fullmatch(r'error: none of 3 URLs could be fetched, 3 of them with "refused address", e.g. \S+/\d.jpg: '
+                            r"if that address is meant, allow it with --allow-address\n", done.stderr), done.stderr
+        assert site.connections == 0
+        done = subprocess.run([*words, "--allow-address", "127.0.0.1"], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert "100.0%  stored" in done.stdout
 

@@ -274,3 +274,11 @@ def test_the_command(tmp_path, wide):
     done = command("uniclip-data", "index", wide)
     assert done.returncode == 0, done.stderr
     assert "41  samples" in done.stdout
+
+
+def test_a_source_that_names_no_source_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.indexing, "_MAX_SOURCES", 1)
+    write_tar(tmp_path / "a.tar", [(f"{i}.{suffix}", content) for i in range(3) for suffix, content in (
+        ("jpg", JPEG[i]), ("json", {"caption": "x", "source": f"http://page/{i}"}))])
+    assert build(tmp_path, 1)["sources"] == [""]
+    assert Index.open(tmp_path).source(2) == ""
