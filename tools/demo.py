@@ -25,10 +25,19 @@ class Quiet(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-def serve(folder: Path, port: int) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    """Does not complain of clients that leave early."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Report what is not the client's doing."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # pyright: ignore[reportArgumentType]
+
+
+def serve(folder: Path, port: int) -> Server:
     """Serve `folder` on 127.0.0.1 from a thread."""
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), partial(Quiet, directory=str(folder)))
+        server = Server(("127.0.0.1", port), partial(Quiet, directory=str(folder)))
     except OSError as error:
         sys.exit(f"error: port {port} of 127.0.0.1 cannot be used ({error.strerror}); choose another with --port")
     threading.Thread(target=server.serve_forever, daemon=True).start()
