@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli_urls import urls
 from pipeline.console import app as make_app
 from pipeline.console import run, say
 
@@ -31,39 +32,7 @@ def scenes(
         f"{out}/evalsets: retrieval, colour, shape, relation, {held_out:,} scenes each")
 
 
-urls = make_app("Write urls.parquet, the table that `download` reads.")
 app.add_typer(urls, name="urls")
-
-
-@urls.callback()  # keeps `table` a named command while it is the only one
-def _urls() -> None:
-    """Write urls.parquet, the table that `download` reads."""
-
-
-@urls.command()
-def table(
-    file: Annotated[Path, typer.Argument(help="Table with a header: .csv, .tsv (no quoting), .jsonl or .parquet.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The URL table to write.")],
-    url_column: Annotated[str, typer.Option(help="Column with the URL, or with a path for --url-prefix.")] = "url",
-    caption_column: Annotated[list[str] | None, typer.Option(help="Repeat to keep several. [caption]")] = None,
-    url_prefix: Annotated[str, typer.Option(help="Put before each path, which is percent-quoted.")] = "",
-    where: Annotated[list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only these rows.")] = None,
-    source: Annotated[str, typer.Option(help="Name of the source. [the file's name]")] = "",
-) -> None:
-    """Any table of URLs and captions → urls.parquet; equal URLs become one row with all captions.
-
-    Example: `uniclip-data urls table captions.tsv urls.parquet --url-column image --where split=train
-    --url-prefix http://127.0.0.1:8000/`
-    """
-    from pipeline.sources import Choice, condition, write_urls
-
-    conditions = tuple(condition(text) for text in where or ())
-    choice = Choice(url_column, tuple(caption_column or ["caption"]), url_prefix, conditions, source)
-    tally = write_urls(file, out, choice)
-    for line in tally.lines():
-        say(line)
-    if tally.refused:
-        say(f"refused rows are listed in {out.with_suffix('.refused.jsonl')}")
 
 
 @app.command()
@@ -124,7 +93,7 @@ def views(
     size: Annotated[int, typer.Option(help="Side of a view in pixels.", min=8)] = 224,
     samples: Annotated[int, typer.Option(help="Samples to draw, a row each.", min=1, max=50)] = 4,
     seed: Annotated[int, typer.Option(help="The run's seed.", min=0)] = 0,
-    view: Annotated[list[str], typer.Option(help="weak or strong; repeatable.")] = ["weak", "strong", "strong"],  # noqa: B006
+    recipe: Annotated[str, typer.Option(help="uniclip, 3weak, 3strong, clip, slip or declip.")] = "uniclip",
 ) -> None:
     """Draw samples as training sees them: image with crop boxes, its views, each view's vector as bars.
 
@@ -133,8 +102,47 @@ def views(
     from pipeline.index import Index
     from pipeline.picture import draw_views
 
-    draw_views(Index.open(index), out, view, size, samples, seed)
-    say(f"{out}: {samples} samples, {len(view)} views each")
+    count = draw_views(Index.open(index), out, recipe, size, samples, seed)
+    say(f"{out}: {samples} samples, {count} views each")
+
+
+@app.command()
+def replay(
+    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    out: Annotated[Path, typer.Argument(help="Picture to write, .png.")],
+    sample_id: Annotated[int, typer.Option(help="As logged.")],
+    vector: Annotated[str, typer.Option(help="The 11 numbers as logged, a JSON list.")],
+    size: Annotated[int, typer.Option(help="Side of the view in pixels.", min=8)] = 224,
+) -> None:
+    """Make one view again from its original and its vector.
+
+    Example: `uniclip-data replay shards view.png --sample-id 42 --vector '[0, 0, 0.5, 0.5, 0, 0, 0, 0, 0, 1, 0]'`
+    """
+    from pipeline.index import Index
+    from pipeline.picture import draw_replay
+
+    draw_replay(Index.open(index), out, sample_id, vector, size)
+    say(f"{out}: sample {sample_id}, {size} px")
+
+
+@app.command()
+def bench(
+    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    samples: Annotated[int, typer.Option(help="Samples a round.", min=8)] = 64,
+    rounds: Annotated[int, typer.Option(help="Each way in takes turns; medians are shown.", min=1)] = 7,
+    size: Annotated[int, typer.Option(help="Side of a view in pixels.", min=8)] = 224,
+    recipe: Annotated[str, typer.Option(help="uniclip, 3weak, 3strong, clip, slip or declip.")] = "uniclip",
+    out: Annotated[Path | None, typer.Option(help="Also write the figures here, .json.")] = None,
+) -> None:
+    """Measure the executors, one core each, against torchvision's transforms in SLIP's recipe on the same files.
+
+    Example: `uniclip-data bench shards`
+    """
+    from pipeline.bench import bench as run_bench
+    from pipeline.index import Index
+
+    for line in run_bench(Index.open(index), recipe, size, samples, rounds, out):
+        say(line)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,7 +26,6 @@ from pipeline.tables import READERS, Table
 
 _CHUNK_ROWS = 65_536
 _BUCKET_BYTES = 64_000_000  # of text; what is built from it in memory is about five times as large
-_PARQUET_SQUEEZE = 4  # text is about this much larger than the Parquet file that holds it
 _PATH_SAFE = "/~!$&'()*+,;=:@"  # legal in a URL's path, so left as they are by --url-prefix
 
 
@@ -39,6 +38,7 @@ class Choice:
     url_prefix: str = ""
     where: tuple[tuple[str, str], ...] = ()
     source: str = ""
+    expect: tuple[int, ...] = ()  # numbers of rows, one of which the table must have; none: any number
 
 
 @dataclass
@@ -128,9 +128,9 @@ class _Selector:
         return (url, captions) if captions else "empty caption"
 
 
-def _chunks(table: Table, select: _Selector, source: str, refuse: Callable[[int, str], None],
+def _chunks(table: Table, select: _Selector, choice: Choice, refuse: Callable[[int, str], None],
             tally: Tally) -> Iterator[pa.Table]:
-    """Tables of schema.URLS, duplicates still in them."""
+    """Tables of schema.URLS, duplicates still in them. Raises InputError when the rows are not as many as expected."""
     columns: tuple[list, ...] = ([], [], [])
     with Meter("reading", table.total) as meter:
         for line, cells in table.rows:
@@ -141,16 +141,19 @@ def _chunks(table: Table, select: _Selector, source: str, refuse: Callable[[int,
             elif found is None:
                 tally.unselected += 1
             else:
-                for column, value in zip(columns, (*found, tally.rows), strict=True):
+                for column, value in zip(columns, (*found, line if table.numbered else tally.rows), strict=True):
                     column.append(value)
             if tally.rows % _CHUNK_ROWS == 0:
                 meter.at(table.position())
             if len(columns[0]) == _CHUNK_ROWS:
-                yield _as_table(columns, source)
+                yield _as_table(columns, choice.source)
                 columns = ([], [], [])
+    if choice.expect and tally.rows not in choice.expect:
+        raise InputError(f"{select.path} has {tally.rows:,} rows instead of {' or '.join(f'{n:,}' for n in choice.expect)}: "
+                         "fetch it again, or say --expect with the number you mean (0: any)")
     if tally.rows == tally.unselected + tally.refused:
         raise InputError(f"{select.path} {tally.why_nothing(select.seen)}")
-    yield _as_table(columns, source)
+    yield _as_table(columns, choice.source)
 
 
 def _as_table(columns: tuple[list, ...], source: str) -> pa.Table:
@@ -209,18 +212,24 @@ def _write(chunks: Iterator[pa.Table], out: Path, buckets: int, tally: Tally) ->
 
 
 def write_urls(path: Path, out: Path, choice: Choice) -> Tally:
-    """Read a csv, tsv, jsonl or parquet table; write `out` (schema.URLS) and, if any row is refused, OUT.refused.jsonl.
-
-    `source_row` counts the table's rows from 1. Raises InputError for a wrong file or column, or when nothing is left.
-    """
+    """Read a csv, tsv, jsonl or parquet table as `write_table` does."""
     existing(path, "the table")
     if path.suffix not in READERS:
         raise InputError(f"{path} must end in one of {', '.join(READERS)}")
+    return write_table(path, out, choice, READERS[path.suffix])
+
+
+def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, ExitStack], Table]) -> Tally:
+    """Write `out` (schema.URLS) and, if any row is refused, OUT.refused.jsonl.
+
+    `source_row` counts the table's rows from 1. Raises InputError for a wrong file or column, or when nothing is left.
+    """
     tally, refusals = Tally(), out.with_suffix(".refused.jsonl")
+    choice = replace(choice, source=choice.source or path.stem)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(refusals) as temporary, ExitStack() as stack:
         log = stack.enter_context(temporary.open("w", encoding="utf-8"))
-        table = READERS[path.suffix](path, stack)
+        table = read(path, stack)
         if not any(table.names):
             raise InputError(f"{path} is empty")
 
@@ -229,9 +238,8 @@ def write_urls(path: Path, out: Path, choice: Choice) -> Tally:
             log.write(json.dumps({"line": line, "reason": reason}) + "\n")
 
         select = _Selector(table, choice, path)
-        squeeze = _PARQUET_SQUEEZE if path.suffix == ".parquet" else 1
-        chunks = _chunks(table, select, choice.source or path.stem, refuse, tally)
-        _write(chunks, out, 1 + path.stat().st_size * squeeze // _BUCKET_BYTES, tally)
+        chunks = _chunks(table, select, choice, refuse, tally)
+        _write(chunks, out, 1 + path.stat().st_size * table.squeeze // _BUCKET_BYTES, tally)
     if not tally.refused:
         refusals.unlink()
     return tally

@@ -1,6 +1,8 @@
 """Tables as others write them, row by row: csv, tsv, JSON lines, Parquet. A row that cannot be read says why."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -8,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.console import InputError
 
 _BATCH_ROWS = 65_536
+_PARQUET_SQUEEZE = 4
 
 # A row as read: its line (Parquet: row) number counted from 1, then its cells, or why it cannot be one.
 Read = tuple[int, list[Any] | str]
@@ -23,25 +26,48 @@ Read = tuple[int, list[Any] | str]
 
 @dataclass(frozen=True)
 class Table:
-    """A table being read. `position()` of `total` bytes or rows tells how far."""
+    """A table being read. `position()` of `total` bytes or rows tells how far; `squeeze`: text is as many times larger.
+
+    `numbered`: the numbers beside the rows are their places in the source, which need not be met in that order.
+    """
 
     names: list[str]
     rows: Iterator[Read]
     total: int
     position: Callable[[], int]
+    squeeze: int = 1
+    numbered: bool = False
 
 
-def _tsv(path: Path, stack: ExitStack) -> Table:
-    """Tabs between cells, no quoting whatsoever: a quote is a letter like any other."""
+_UNPACKERS = {".bz2": bz2.open, ".gz": gzip.open}
+_UNPACKED = 6  # text is about this much larger than when compressed
+
+
+def opened(path: Path, stack: ExitStack) -> tuple[BinaryIO, Callable[[], int], int]:
+    """The bytes of a file that may be compressed, how far in the file itself reading is, how much larger text is."""
     file = stack.enter_context(path.open("rb"))
-    names = _text(file.readline().removeprefix(b"\xef\xbb\xbf")).split("\t")
+    unpack = _UNPACKERS.get(path.suffix)
+    return (cast(BinaryIO, stack.enter_context(unpack(file))), file.tell, _UNPACKED) if unpack else (file, file.tell, 1)
+
+
+def tsv(path: Path, stack: ExitStack, names: list[str] | None = None) -> Table:
+    """Tabs between cells, no quoting whatsoever: a quote is a letter like any other. names: where no header has them."""
+    file, position, squeeze = opened(path, stack)
+    first, header = 1, names
+    if header is None:
+        first, header = 2, cells_of(file.readline().removeprefix(b"\xef\xbb\xbf"))
 
     def rows() -> Iterator[Read]:
-        for line, raw in enumerate(file, start=2):
-            cells = _text(raw).split("\t")
-            yield line, cells if len(cells) == len(names) else _wrong_width(cells, names)
+        for line, raw in enumerate(file, start=first):
+            cells = cells_of(raw)
+            yield line, cells if len(cells) == len(header) else _wrong_width(cells, header)
 
-    return Table(names, rows(), path.stat().st_size, file.tell)
+    return Table(header, rows(), path.stat().st_size, position, squeeze)
+
+
+def cells_of(raw: bytes) -> list[str]:
+    """The cells of one line of a tsv."""
+    return _text(raw).split("\t")
 
 
 def _text(raw: bytes) -> str:
@@ -77,9 +103,9 @@ def _csv(path: Path, stack: ExitStack) -> Table:
     return Table(names, rows(), path.stat().st_size, raw.tell)
 
 
-def _jsonl(path: Path, stack: ExitStack) -> Table:
+def jsonl(path: Path, stack: ExitStack) -> Table:
     """One object a line; the columns are the keys of the first hundred."""
-    file = stack.enter_context(path.open("rb"))
+    file, position, squeeze = opened(path, stack)
     parsed = [_object(raw) for raw in islice(file, 100)]
     names = list(dict.fromkeys(name for row in parsed if isinstance(row, dict) for name in row))
     file.seek(0)
@@ -89,7 +115,7 @@ def _jsonl(path: Path, stack: ExitStack) -> Table:
             row = _object(raw)
             yield line, [row.get(name) for name in names] if isinstance(row, dict) else row
 
-    return Table(names, rows(), path.stat().st_size, file.tell)
+    return Table(names, rows(), path.stat().st_size, position, squeeze)
 
 
 def _object(raw: bytes) -> dict[str, Any] | str:
@@ -114,7 +140,7 @@ def _parquet(path: Path, stack: ExitStack) -> Table:
                 at += 1
                 yield at, list(cells)
 
-    return Table(file.schema_arrow.names, rows(), file.metadata.num_rows, lambda: at)
+    return Table(file.schema_arrow.names, rows(), file.metadata.num_rows, lambda: at, _PARQUET_SQUEEZE)
 
 
-READERS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+READERS = {".tsv": tsv, ".csv": _csv, ".jsonl": jsonl, ".parquet": _parquet}
