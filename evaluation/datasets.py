@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.console import InputError, WorkFailed, track
 from pipeline.evalsets import RETRIEVAL, write_evalset
 from pipeline.index import Index
-from pipeline.loader import ShardReader
+from pipeline.reader import ShardReader
 
 ROWS_AT_ONCE = 1024
 

@@ -13,7 +13,7 @@ from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
 
 INDEX_NAME, MANIFEST_NAME = "index.arrow", "manifest.json"
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "width": np.int32, "height": np.int32,
-            "plain": np.bool_, "sample_id": np.int64, "group": np.int64}
+            "plain": np.bool_, "sample_id": np.int64, "group": np.int64, "source": np.int16}
 
 
 class _Batch:
@@ -26,7 +26,6 @@ class _Batch:
         captions = _buffers(batch, "captions")
         self.caption_starts = np.frombuffer(captions[1], np.int32)
         self.caption = _Texts(captions[2:])
-        self.source = _numbers(batch, "source", np.int16)
 
 
 def _buffers(batch: pa.RecordBatch, name: str) -> list:
@@ -98,7 +97,7 @@ class Index:
         return self._batch(row // INDEX_BATCH_ROWS), row % INDEX_BATCH_ROWS
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """shard (code into `shards`), offset, size, width, height, plain, sample_id and group of these rows (n,)."""
+        """shard (code into `shards`), offset, size, width, height, plain, sample_id, group and source (code) → (n,) each."""
         rows = np.asarray(rows, np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows {rows.min()} … {rows.max()} of an index of {len(self)} rows")
@@ -125,7 +124,7 @@ class Index:
     def source(self, row: int) -> str:
         """The name of the source the row came from; empty where none was given."""
         batch, local = self._locate(row)
-        return self._sources[batch.source[local]]
+        return self._sources[batch.numbers["source"][local]]
 
     @cached_property
     def _sources(self) -> list[str]:

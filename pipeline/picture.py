@@ -1,5 +1,6 @@
-"""A picture of what the stream does: image with crop boxes, its views, each view's vector as bars."""
+"""Pictures of what the stream does: image with crop boxes, its views, each view's vector as bars; one view made again."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from PIL import Image
 from pipeline.console import InputError, WorkFailed
 from pipeline.images import Undecodable, upright_rgb
 from pipeline.index import Index
-from pipeline.loader import ShardReader
 from pipeline.order import Order
+from pipeline.plan import Plan, find_sample
+from pipeline.reader import ShardReader
 from pipeline.replay import pixels
-from pipeline.sampling import KINDS, draw_captions, sample_vectors
-from pipeline.schema import IDENTITY, VECTOR
+from pipeline.sampling import KINDS, RECIPES, draw_captions, sample_vectors
+from pipeline.schema import IDENTITY, VECTOR, VECTOR_SIZE
 
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
 _CELL = 2.1  # inches
@@ -42,7 +44,7 @@ def _bars(axes, vector_VA: np.ndarray) -> None:
     axes.invert_yaxis()
 
 
-def _row(axes, image: Image.Image, vector_VA: np.ndarray, caption: str, kinds: list[str], size: int) -> None:
+def _row(axes, image: Image.Image, vector_VA: np.ndarray, caption: str, kinds: tuple[str, ...], size: int) -> None:
     _original(axes[0], image, vector_VA, caption)
     for v, vector_A in enumerate(vector_VA):
         axes[1 + v].imshow(pixels(image, vector_A, size))
@@ -53,33 +55,63 @@ def _row(axes, image: Image.Image, vector_VA: np.ndarray, caption: str, kinds: l
     _bars(axes[-1], vector_VA)
 
 
-def draw_views(index: Index, out: Path, views: list[str], size: int, samples: int, seed: int) -> None:
-    """Write the picture of the first `samples` samples that a run with this seed would see.
+def _image(index: Index, reader: ShardReader, row: int) -> Image.Image:
+    """Raises WorkFailed for an image that cannot be read."""
+    columns = index.columns(np.array([row]))
+    try:
+        return upright_rgb(reader.read(*(int(columns[name][0]) for name in ("shard", "offset", "size"))))
+    except (OSError, Undecodable) as error:
+        raise WorkFailed(f"{index.folder}: image {index.key(row)} cannot be read ({error}): index it again") from None
 
-    views: names in KINDS; size: side of a view in pixels. Raises InputError for a view or a picture format that is not
-    known, WorkFailed for an image that cannot be read.
+
+def _writable(out: Path, suffixes: set[str]) -> None:
+    if out.suffix.lower() not in suffixes or not out.parent.is_dir():
+        raise InputError(f"{out}: give a {', '.join(sorted(suffixes))} in a folder that exists")
+
+
+def draw_views(index: Index, out: Path, recipe: str, size: int, samples: int, seed: int) -> int:
+    """Write the picture of the first `samples` samples that a run with this seed would see; return how many views each.
+
+    recipe: a name in RECIPES; size: side of a view in pixels. Raises InputError for a recipe or a picture format that is
+    not known, WorkFailed for an image that cannot be read.
     """
-    for name in views:
-        if name not in KINDS:
-            raise InputError(f"--view {name}: known kinds are {', '.join(KINDS)}")
-    if out.suffix.lower() not in {".png", ".pdf", ".svg"} or not out.parent.is_dir():
-        raise InputError(f"{out}: give a .png, .pdf or .svg in a folder that exists")
-    rows, epochs = Order(seed, tuple(int(s) for s in index.shard_starts)).rows(0, min(samples, len(index)))
+    if recipe not in RECIPES:
+        raise InputError(f"--recipe {recipe}: known recipes are {', '.join(RECIPES)}")
+    _writable(out, {".png", ".pdf", ".svg"})
+    views = RECIPES[recipe]
+    rows, epochs, repeats = Order(seed, Plan.whole(index.shard_starts)).places(0, min(samples, len(index)))
     columns = index.columns(rows)
     sizes = np.stack([columns["width"], columns["height"]], axis=1)
-    vectors = sample_vectors(seed, epochs, 0, columns["sample_id"], sizes, tuple(KINDS[v] for v in views))
+    vectors = sample_vectors(seed, epochs, repeats, columns["sample_id"], sizes, tuple(KINDS[v] for v in views))
     captions = [index.captions(int(row)) for row in rows]
-    drawn = draw_captions(seed, epochs, 0, columns["sample_id"], np.array([len(c) for c in captions]))
+    drawn = draw_captions(seed, epochs, repeats, columns["sample_id"], np.array([len(c) for c in captions]))
     reader = ShardReader(index.folder, index.shards)
     figure = Figure(figsize=(_CELL * (2.4 + len(views)), _CELL * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), 2 + len(views), squeeze=False, width_ratios=[1] * (1 + len(views)) + [1.4])
     for b, axes in enumerate(grid):
-        try:
-            image = upright_rgb(reader.read(*(int(columns[name][b]) for name in ("shard", "offset", "size"))))
-        except (OSError, Undecodable) as error:
-            raise WorkFailed(f"{index.folder}: image {index.key(int(rows[b]))} cannot be read ({error}): index it again"
-                             ) from None
-        _row(axes, image, vectors[b], captions[b][drawn[b]], views, size)
+        _row(axes, _image(index, reader, int(rows[b])), vectors[b], captions[b][drawn[b]], views, size)
     reader.close()
     figure.savefig(out, dpi=110)
+    return len(views)
+
+
+def draw_replay(index: Index, out: Path, sample_id: int, vector: str, size: int) -> None:
+    """Write the view that a logged (sample id, vector) stands for, as a picture of size × size pixels.
+
+    vector: its numbers as a JSON list, as logs hold it. Raises InputError, WorkFailed.
+    """
+    _writable(out, {".png"})
+    try:
+        vector_A = np.array(json.loads(vector), np.float32)
+    except (ValueError, TypeError):
+        vector_A = np.empty(0, np.float32)
+    if vector_A.shape != (VECTOR_SIZE,):
+        raise InputError(f"--vector {vector}: give a JSON list of {VECTOR_SIZE} numbers "
+                         f"({', '.join(field.name for field in VECTOR)})")
+    row = find_sample(index, sample_id)
+    if row is None:
+        raise InputError(f"{index.folder} has no sample with id {sample_id}")
+    reader = ShardReader(index.folder, index.shards)
+    Image.fromarray(pixels(_image(index, reader, row), vector_A, size)).save(out)
+    reader.close()

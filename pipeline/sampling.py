@@ -5,13 +5,13 @@ counter that names what it is for. Nothing depends on batch size, rank, worker o
 makes one generator object per key; here many keys are evaluated at once, so the twenty lines are our own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline.schema import IDENTITY, VECTOR_SIZE
 
-VIEW_STREAM, CAPTION_STREAM, SHARD_STREAM, ROW_STREAM = range(4)
+VIEW_STREAM, CAPTION_STREAM, SHARD_STREAM, ROW_STREAM, SUBSET_STREAM = range(5)
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, then the largest central crop of legal aspect
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -39,7 +39,18 @@ class ViewKind:
 
 WEAK = ViewKind()
 STRONG = ViewKind(area=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, flip_p=0.5)
-KINDS = {"weak": WEAK, "strong": STRONG}
+MEDIUM = replace(STRONG, area=(0.2, 1.0))  # MoCo v2's, which DeCLIP uses
+KINDS = {"weak": WEAK, "medium": MEDIUM, "strong": STRONG}
+
+# The views of one sample, by kind, as each system's public code draws them.
+RECIPES = {
+    "uniclip": ("weak", "strong", "strong"),
+    "3weak": ("weak", "weak", "weak"),
+    "3strong": ("strong", "strong", "strong"),
+    "clip": ("weak",),
+    "slip": ("weak", "strong", "strong"),
+    "declip": ("medium", "medium"),
+}
 
 
 def philox(counter_4: tuple[np.ndarray, ...], key: int) -> np.ndarray:

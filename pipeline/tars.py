@@ -101,7 +101,7 @@ def scan(path: Path) -> Shard:
             try:
                 if group.key in seen:
                     raise Unusable("duplicate key")
-                rows.append(_row(file, group))
+                rows.append(row_of(file, group))
                 seen.add(group.key)
             except Unusable as reason:
                 unusable.append((group.key, str(reason)))
@@ -109,7 +109,7 @@ def scan(path: Path) -> Shard:
     return Shard(table, unusable, path.stat().st_size, sha256_of(path))
 
 
-def _row(file: BinaryIO, group: Group) -> dict[str, Any]:
+def row_of(file: BinaryIO, group: Group) -> dict[str, Any]:
     """One row of the index. Raises Unusable."""
     if group.broken:
         raise Unusable(group.broken)

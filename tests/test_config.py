@@ -40,8 +40,10 @@ def test_every_preset_says_command_cost_and_result(name):
     ("optim.lr", "write it as section.key=value"),
     ("data.weak.area=[0.9,0.1]", "is no range"),
     ("data.weak.area=[0.9,1.1]", "larger than the image"),
-    ("data.views=[]", "data.views"),
-    ("data.views=[\"medium\"]", "data.views"),
+    ("data.recipe=[]", "data.recipe"),
+    ("data.recipe=[\"uniclip\"]", "or a list of views from weak, medium, strong"),
+    ("data.recipe=unclip", "give one of uniclip, 3weak, 3strong, clip, slip, declip"),
+    ("data.views=[\"weak\"]", "unknown key data.views"),
     ("loss.name=clip", "loss.name"),
 ])
 def test_wrong_values_are_named_with_place_and_cure(override, message):
@@ -55,9 +57,9 @@ def test_separate_supervision_is_refused_where_it_is_undefined():
 
 
 def test_overrides_are_toml_or_plain_text():
-    config = load_config("scenes-tiny", ["optim.lr=5e-4", "data.index=some/where", "data.views=[\"weak\"]",
+    config = load_config("scenes-tiny", ["optim.lr=5e-4", "data.index=some/where", "data.recipe=[\"weak\"]",
                                          "optim.samples=1_000"])
-    assert (config.optim.lr, str(config.data.index), config.data.views, config.optim.samples) == (
+    assert (config.optim.lr, str(config.data.index), config.data.recipe, config.optim.samples) == (
         5e-4, "some/where", ("weak",), 1000)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.console import InputError
-from pipeline.loader import Cursor
+from pipeline.recipe import Cursor
 from pipeline.text import CaptionTokenizer
 from trainer.config import Config, load_config
 from trainer.model import UniCLIP

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.console import InputError
-from pipeline.sampling import STRONG, WEAK, ViewKind
+from pipeline.sampling import KINDS, MEDIUM, RECIPES, STRONG, WEAK, ViewKind
 
 PRESETS = Path(__file__).parent / "configs"
+_INSTEAD = {"data.stream": "index", "data.index": "stream"}  # --set of one takes the place of the other
 
 
 class Section(BaseModel):
@@ -51,19 +52,48 @@ def _view_config(kind: ViewKind) -> ViewConfig:
 
 
 class DataConfig(Section):
-    """Where samples come from and what is drawn from each."""
+    """Where samples come from, which of them and how often, and what is drawn from each.
 
-    index: Path
-    views: tuple[Literal["weak", "strong"], ...] = Field(default=("weak", "strong", "strong"), min_length=1)
+    index (exact) or stream (tars without an index, `shards/{000..009}.tar`). shards: folder or URL of the index's tars
+    when they are not beside it, with copies in `cache`. weights: source → times an epoch. skip: Parquet files with a
+    column sample_id. recipe: a name in RECIPES, or kinds of views.
+    """
+
+    index: Path | None = None
+    stream: str | None = None
+    shards: str = ""
+    cache: Path | None = None
+    cache_gb: float = Field(default=20, gt=0)
+    read_timeout: float = Field(default=60, gt=0)
+    weights: dict[str, float] = {}
+    skip: tuple[Path, ...] = ()
+    recipe: str | tuple[str, ...] = "uniclip"
     weak: ViewConfig = _view_config(WEAK)
+    medium: ViewConfig = _view_config(MEDIUM)
     strong: ViewConfig = _view_config(STRONG)
     executor: Literal["auto", "dali", "pillow"] = "auto"
     threads: int = Field(default=0, ge=0)
     bad_sample_budget: float = Field(default=0.01, ge=0, le=1)
 
+    @field_validator("recipe")
+    @classmethod
+    def _known(cls, recipe: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if recipe in RECIPES or (isinstance(recipe, tuple) and recipe and set(recipe) <= set(KINDS)):
+            return recipe
+        raise ValueError(f"give one of {', '.join(RECIPES)}, or a list of views from {', '.join(KINDS)}")
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> "DataConfig":
+        if (self.index is None) == (self.stream is None):
+            raise ValueError("set either data.index or data.stream")
+        if self.stream is not None and (self.shards or self.cache or self.weights):
+            raise ValueError("data.shards, data.cache and data.weights need an index: data.stream reads whole tars in turn")
+        return self
+
     def kinds(self) -> tuple[ViewKind, ...]:
         """The kinds of the views, in order."""
-        return tuple(ViewKind(**vars(getattr(self, name))) for name in self.views)
+        names = RECIPES[self.recipe] if isinstance(self.recipe, str) else self.recipe
+        return tuple(ViewKind(**vars(getattr(self, name))) for name in names)
 
 
 class ImageConfig(Section):
@@ -210,6 +240,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f"--set {override}: {parent!r} is a value, not a section")
     values[last] = value
+    values.pop(_INSTEAD.get(key, ""), None)
 
 
 def _explain(error: Any) -> str:

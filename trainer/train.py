@@ -9,11 +9,15 @@ import torch
 from torch import nn
 
 from pipeline.console import InputError, WorkFailed, say
-from pipeline.index import Index
-from pipeline.loader import Cursor, Ledger, Loader, Recipe
+from pipeline.ledger import Ledger
+from pipeline.loader import Indexed
+from pipeline.plan import read_skip_lists
+from pipeline.reader import Place
+from pipeline.recipe import Cursor, Recipe
+from pipeline.stream import Stream
 from pipeline.text import CaptionTokenizer
 from trainer import checkpoint
-from trainer.config import Config, TextConfig
+from trainer.config import Config, DataConfig, TextConfig
 from trainer.log import LEDGER, Log
 from trainer.losses import LOSSES
 from trainer.model import UniCLIP
@@ -28,7 +32,7 @@ class Training:
     model: UniCLIP
     optimizer: torch.optim.Optimizer
     tokenizer: CaptionTokenizer
-    index: Index
+    data: Indexed | Stream
     recipe: Recipe
     cursor: Cursor
     device: str
@@ -45,12 +49,20 @@ def pick_device(name: str) -> str:
     return name
 
 
-def make_tokenizer(config: TextConfig, index: Index) -> CaptionTokenizer:
-    """CLIP's vocabulary, or one trained on the captions of the index."""
+def open_data(config: DataConfig) -> Indexed | Stream:
+    """What [data] names. Raises InputError."""
+    skip_ids = read_skip_lists(config.skip)
+    if config.index is None:
+        return Stream.open(config.stream or "", skip_ids)
+    place = Place(config.shards, config.cache, int(config.cache_gb * 2**30), config.read_timeout)
+    return Indexed.open(config.index, config.weights, skip_ids, place)
+
+
+def make_tokenizer(config: TextConfig, data: Indexed | Stream) -> CaptionTokenizer:
+    """CLIP's vocabulary, or one trained on the captions of the data."""
     if config.vocabulary == "clip":
         return CaptionTokenizer.clip(config.context)
-    captions = (caption for row in range(len(index)) for caption in index.captions(row))
-    return CaptionTokenizer.train(captions, config.vocab_size, config.context)
+    return CaptionTokenizer.train(data.captions(), config.vocab_size, config.context)
 
 
 def start(config: Config) -> Training:
@@ -59,8 +71,8 @@ def start(config: Config) -> Training:
     if (folder / "checkpoints" / checkpoint.LATEST).is_file():
         raise InputError(f"{folder} already holds a run: go on with `uniclip-train resume {folder}`, or choose another "
                          "with --set run.folder=…")
-    index = Index.open(config.data.index)
-    return _assemble(config, index, make_tokenizer(config.model.text, index))
+    data = open_data(config.data)
+    return _assemble(config, data, make_tokenizer(config.model.text, data))
 
 
 def resume(folder: Path) -> tuple[Config, Training]:
@@ -69,14 +81,14 @@ def resume(folder: Path) -> tuple[Config, Training]:
     loaded = checkpoint.load_model(folder)
     state = checkpoint.read_state(source)
     config = loaded.config.model_copy(update={"run": loaded.config.run.model_copy(update={"folder": loaded.run})})
-    training = _assemble(config, Index.open(config.data.index), loaded.tokenizer)
+    training = _assemble(config, open_data(config.data), loaded.tokenizer)
     training.cursor.refuse_other(state.cursor)
     checkpoint.restore(source, training.model, training.optimizer)
     training.cursor, training.step, training.seconds = state.cursor, state.step, state.seconds
     return config, training
 
 
-def _assemble(config: Config, index: Index, tokenizer: CaptionTokenizer) -> Training:
+def _assemble(config: Config, data: Indexed | Stream, tokenizer: CaptionTokenizer) -> Training:
     device = pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
     model = UniCLIP(config.model, tokenizer.vocab_size, tokenizer.end_id, config.learns_offset)
@@ -84,8 +96,8 @@ def _assemble(config: Config, index: Index, tokenizer: CaptionTokenizer) -> Trai
         model.similarity.offset.requires_grad_(False)
     model.to(device)
     recipe = Recipe(config.data.kinds(), config.model.image.size, config.data.executor, config.data.threads)
-    cursor = Cursor(config.run.seed, 0, index.fingerprint, recipe.fingerprint())
-    return Training(model, make_optimizer(model, config.optim), tokenizer, index, recipe, cursor, device)
+    cursor = Cursor(config.run.seed, 0, data.fingerprint, recipe.fingerprint(**data.chosen))
+    return Training(model, make_optimizer(model, config.optim), tokenizer, data, recipe, cursor, device)
 
 
 def train(config: Config, t: Training) -> Path:
@@ -105,8 +117,8 @@ def train(config: Config, t: Training) -> Path:
     else:
         saved = checkpoint.find(run.folder)
         say(f"resuming {run.folder} at {t.cursor.samples_seen:,} samples")
-    ledger = Ledger(run.folder / LEDGER, config.data.bad_sample_budget)
-    loader = Loader(t.index, t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ledger=ledger)
+    ledger = Ledger.resumed(run.folder / LEDGER, config.data.bad_sample_budget, t.cursor.samples_seen)
+    loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ledger=ledger)
     loss_of, bf16 = LOSSES[config.loss.name], run.precision == "bf16"
     stream, clock = iter(loader), Clock(t.cursor.samples_seen)
     try:
@@ -185,5 +197,5 @@ def _save(config: Config, t: Training, seconds: float = 0.0) -> Path:
 
 def _introduction(config: Config, t: Training) -> str:
     weights = sum(p.numel() for p in t.model.parameters())
-    return (f"{config.run.folder}: {weights / 1e6:.1f} M weights, {len(t.index):,} samples, {len(t.recipe.kinds)} views of "
+    return (f"{config.run.folder}: {weights / 1e6:.1f} M weights, {t.data}, {len(t.recipe.kinds)} views of "
             f"{t.recipe.size} px, batch {config.optim.batch_size}, {config.optim.samples:,} samples to train on {t.device}")

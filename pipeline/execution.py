@@ -1,0 +1,43 @@
+"""Encoded images → views on the device, whatever the bytes turn out to be: a bad image costs its sample, not the run."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.images import Undecodable, plain_bytes, upright_rgb
+from pipeline.recipe import Executor, Views
+
+BLANK = b"P6 1 1 255\n\0\0\0"  # stands in for an image that cannot be decoded; its group is marked invalid
+
+
+def fit(data: bytes, plain: bool) -> bytes:
+    """An image's bytes, fit for any executor. Raises Undecodable."""
+    if not plain:
+        return plain_bytes(data)
+    if b"\xff\xd9" not in data[-1024:]:  # no end marker: decoders differ on what they make of it
+        upright_rgb(data)
+    return data
+
+
+def execute(executor: Executor, encoded: Sequence[bytes | Exception], vectors: np.ndarray, ids: np.ndarray
+            ) -> tuple[Views, dict[int, str]]:
+    """The views, and position → reason of every image that is not there or that the executor broke on."""
+    bad = {b: str(data) or type(data).__name__ for b, data in enumerate(encoded) if isinstance(data, Exception)}
+    given = [BLANK if isinstance(data, Exception) else data for data in encoded]
+    try:
+        return executor(given, vectors, ids), bad
+    except (RuntimeError, Undecodable):  # an image nobody suspected: find it, and run again without it
+        for b, data in enumerate(given):
+            try:
+                given[b] = plain_bytes(data)
+            except Undecodable as error:
+                given[b], bad[b] = BLANK, str(error)
+        return executor(given, vectors, ids), bad
+
+
+def valid_mask(count: int, bad: dict[int, str]) -> torch.Tensor:
+    """(count,) bool, False where bad."""
+    valid = torch.ones(count, dtype=torch.bool)
+    valid[list(bad)] = False
+    return valid

@@ -1,0 +1,263 @@
+"""Bytes of tar members by offset: local tars or any fsspec URL with a bounded cache, read ahead, given up when stalled."""
+
+import hashlib
+import os
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+from urllib.parse import quote
+
+from fsspec.core import url_to_fs
+
+from pipeline.console import InputError
+
+OPEN_SHARDS = 128
+T = TypeVar("T")
+READERS = 16  # reads at a time; a remote store answers many at once
+
+
+class Shards(Protocol):
+    """Where the tars of an index are."""
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Raises OSError when the shard is gone or shorter than the index says."""
+        ...
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """These shards will be read from soon, in this order; others may be forgotten."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Descriptor:
+    """An open file that closes with its last user, who may be reading while others forget it."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _whole(data: bytes, size: int) -> bytes:
+    if len(data) != size:
+        raise OSError(f"{len(data)} bytes where the index says {size}")
+    return data
+
+
+class ShardReader:
+    """Tars in a local folder; keeps the last OPEN_SHARDS open. Safe to call from many threads."""
+
+    def __init__(self, folder: Path, shards: list[str]):
+        self._folder, self._shards = folder, shards
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _file(self, shard: int) -> _Descriptor:
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        file = _Descriptor(self._folder / self._shards[shard])  # outside the lock: opening may stall
+        with self._lock:
+            self._open[shard] = file
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return file
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """Raises OSError when the shard is gone or shorter than the index says."""
+        return _whole(os.pread(self._file(shard).number, size, offset), size)
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """The kernel reads ahead by itself."""
+
+    def close(self) -> None:
+        """Close every file that nobody is reading."""
+        with self._lock:
+            self._open.clear()
+
+
+@dataclass
+class Cache:
+    """Whole shards copied to a local folder by a thread; at most `limit` bytes of them."""
+
+    folder: Path
+    limit: int
+    fetch: Callable[[str, Path], None]
+    names: list[str]
+    sizes: list[int]
+    _wanted: list[int] = field(default_factory=list)
+    _wake: threading.Event = field(default_factory=threading.Event)
+    _closed: bool = False
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._work, name="shard cache", daemon=True).start()
+
+    def path(self, shard: int) -> Path:
+        """Where the copy is, when there is one."""
+        return self.folder / quote(self.names[shard], safe="")
+
+    def want(self, shards: list[int]) -> None:
+        """Have these, the first ones first; the rest may leave."""
+        if shards != self._wanted:
+            self._wanted = shards
+            self._wake.set()
+
+    def _work(self) -> None:
+        while not self._closed:
+            self._wake.wait()
+            self._wake.clear()
+            wanted = self._wanted
+            for shard in wanted:
+                if self._closed or wanted is not self._wanted or not self._have(shard, wanted):
+                    break
+
+    def _have(self, shard: int, wanted: list[int]) -> bool:
+        """Copy a shard that is missing; False when there is no room left for it."""
+        target, keep = self.path(shard), {self.path(s).name for s in wanted}
+        if target.exists():
+            return True
+        held = sorted((f for f in self.folder.iterdir() if f.is_file()), key=lambda f: f.name in keep)
+        room = self.limit - sum(f.stat().st_size for f in held)
+        for file in held:
+            if room >= self.sizes[shard] or file.name in keep:
+                break
+            room += file.stat().st_size
+            file.unlink(missing_ok=True)
+        if room < self.sizes[shard]:
+            return False
+        temporary = self.folder / f".{os.getpid()}.part"
+        try:
+            self.fetch(self.names[shard], temporary)
+            if temporary.stat().st_size == self.sizes[shard]:
+                temporary.replace(target)
+        except OSError:
+            pass  # reads go to the URL, which says what is wrong
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def close(self) -> None:
+        """Stop copying; what is there stays for the next run."""
+        self._closed = True
+        self._wake.set()
+
+
+class RemoteShards:
+    """Tars under an fsspec URL: members by range, and from whole copies where a cache has them."""
+
+    def __init__(self, url: str, shards: list[str], sizes: list[int], cache: Path | None, cache_bytes: int):
+        try:
+            self._fs, self._root = url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"data.shards = {url!r}: {error}") from None
+        self._shards = shards
+        folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16] if cache else None
+        self._cache = Cache(folder, cache_bytes, self._fetch, shards, sizes) if folder else None
+        self._copies = ShardReader(folder, [quote(name, safe="") for name in shards]) if folder else None
+
+    def _fetch(self, name: str, target: Path) -> None:
+        self._fs.get_file(f"{self._root}/{name}", str(target))
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """From the cache, else by range. Raises OSError."""
+        if self._cache and self._copies and self._cache.path(shard).exists():
+            try:
+                return self._copies.read(shard, offset, size)
+            except FileNotFoundError:
+                pass  # it left the cache just now
+        data = self._fs.cat_file(f"{self._root}/{self._shards[shard]}", start=offset, end=offset + size)
+        return _whole(bytes(data), size)
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Copy these shards into the cache, as far as it has room."""
+        if self._cache:
+            self._cache.want(list(shards))
+
+    def close(self) -> None:
+        """Close the copies."""
+        if self._cache and self._copies:
+            self._cache.close()
+            self._copies.close()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where shards are and how long a read may take.
+
+    url: a folder or fsspec URL when the tars are not beside their index; cache: folder for copies of remote shards, at
+    most cache_bytes of them; timeout in seconds.
+    """
+
+    url: str = ""
+    cache: Path | None = None
+    cache_bytes: int = 20 * 2**30
+    timeout: float = 60.0
+
+    def shards(self, folder: Path, names: list[str], sizes: list[int]) -> Shards:
+        """A reader of these shards. Raises InputError for a URL that fsspec cannot open."""
+        if "://" in self.url:
+            return RemoteShards(self.url, names, sizes, self.cache, self.cache_bytes)
+        return ShardReader(Path(self.url) if self.url else folder, names)
+
+
+def _outcome(future: "Future[T]") -> T | Exception:
+    try:
+        return future.result()
+    except Exception as error:  # the caller's to judge
+        return error
+
+
+class ReadAhead:
+    """Runs reads on threads before their results are needed; the threads never keep a process from ending.
+
+    A read that does not answer keeps its thread; another thread takes that one's place.
+    """
+
+    def __init__(self, threads: int = READERS):
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads = 0
+        self._more(threads)
+
+    def _more(self, threads: int) -> None:
+        self._threads += threads
+        for _ in range(threads):
+            threading.Thread(target=self._work, name="reader", daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, read = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(read())
+                except Exception as error:  # handed to whoever collects
+                    future.set_exception(error)
+
+    def ask(self, reads: Sequence[Callable[[], T]]) -> "list[Future[T]]":
+        """Queue reads; collect them with `answers`."""
+        futures = [Future() for _ in reads]
+        for job in zip(futures, reads, strict=True):
+            self._jobs.put(job)
+        return futures
+
+    def answers(self, futures: "list[Future[T]]", timeout: float) -> list[T | Exception]:
+        """Results in order; an exception where there is none, TimeoutError where none came in `timeout` seconds."""
+        _, late = wait(futures, timeout)
+        if stuck := [future for future in late if not future.cancel()]:
+            self._more(len(stuck))
+        gone = TimeoutError(f"no answer in {timeout:g} s")
+        return [gone if future in late else _outcome(future) for future in futures]
+
+    def close(self) -> None:
+        """Let the threads end."""
+        for _ in range(self._threads):
+            self._jobs.put(None)

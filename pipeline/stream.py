@@ -1,0 +1,243 @@
+"""The same Batch from tars without an index, local or remote, through the webdataset library.
+
+Every sample comes once a pass; its vectors and caption are keyed by its id and the pass, as in the indexed way. The order is
+a shuffle of shards and a buffer, so this way in is not exactly resumable: a resumed stream begins a pass of its own.
+"""
+
+import hashlib
+import io
+import json
+import random
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from braceexpand import braceexpand
+from fsspec.core import url_to_fs
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipeline.console import InputError, say
+from pipeline.execution import execute, fit, valid_mask
+from pipeline.images import Undecodable
+from pipeline.ledger import Ledger
+from pipeline.loader import PREFETCHED_BATCHES, group_ids, slice_of, to_device
+from pipeline.plan import digest
+from pipeline.prefetch import prefetched
+from pipeline.reader import ReadAhead
+from pipeline.recipe import Cursor, Recipe, make_executor
+from pipeline.sampling import draw_captions, sample_vectors
+from pipeline.schema import Batch, sample_id_of
+from pipeline.tars import IMAGE_SUFFIXES, Group, Unusable, row_of
+
+SHUFFLE_BUFFER = 4096  # encoded samples
+PARSED_AHEAD = 64
+READ_TIMEOUT = 600.0  # parsing only; what the network does is the file system's business
+
+Sample = dict[str, Any]  # a row of the index (tars.ROWS) with the image's bytes as "image"
+
+
+def shard_urls(pattern: str) -> list[str]:
+    """`a/{000..009}.tar b.tar` → URLs. Raises InputError for shell pipes and for local files that are not there."""
+    urls = [url for word in pattern.split() for url in braceexpand(word)]
+    for url in urls:
+        if url.startswith("pipe:"):
+            raise InputError(f"data.stream: {url!r} would run a shell command; give files or fsspec URLs")
+        if "://" not in url and not Path(url).is_file():
+            raise InputError(f"data.stream: {url} does not exist: write folder/{{000..009}}.tar with the shards' numbers")
+    if not urls:
+        raise InputError("data.stream names no tar: write folder/{000..009}.tar with the shards' numbers")
+    return urls
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tars that are read in turn; samples whose id is in `skip_ids` (ascending) are passed over."""
+
+    urls: tuple[str, ...]
+    skip_ids: np.ndarray
+
+    @classmethod
+    def open(cls, pattern: str, skip_ids: np.ndarray) -> "Stream":
+        """Raises InputError."""
+        return cls(tuple(shard_urls(pattern)), skip_ids)
+
+    @property
+    def chosen(self) -> dict[str, object]:
+        """What the configuration takes out."""
+        return {"skip": digest(self.skip_ids) if len(self.skip_ids) else ""}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the names of the shards: nobody has looked inside."""
+        return hashlib.sha256(json.dumps(self.urls).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{len(self.urls):,} tars without an index (not exactly resumable)"
+
+    def captions(self) -> Iterator[str]:
+        """Every caption, in one pass over all tars."""
+        for sample in raw_samples(self.urls, lambda _: None):
+            try:
+                yield from parsed(sample)["captions"]
+            except Unusable:
+                continue
+
+    def loader(self, tokenizer: Callable[[list[str]], np.ndarray], recipe: Recipe, cursor: Cursor, batch_size: int,
+               device: str = "cpu", rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> "StreamLoader":
+        """Batches from a fresh pass on."""
+        return StreamLoader(self, tokenizer, recipe, cursor, batch_size, device, rank, world, ledger)
+
+
+def _opened(urls: Iterable[str], fault: Callable[[dict], None]) -> Iterator[dict]:
+    """webdataset's {url, stream} for each tar that opens. Its own opener is not used: it hands URLs to a shell."""
+    for url in urls:
+        try:
+            system, path = url_to_fs(url)
+            file = system.open(path, "rb")
+        except (OSError, ValueError, ImportError) as error:
+            fault({"shard": url, "key": "", "reason": f"cannot be opened: {error}"})
+            continue
+        with file:
+            yield {"url": url, "stream": file}
+
+
+def raw_samples(urls: Iterable[str], fault: Callable[[dict], None]) -> Iterator[Sample]:
+    """webdataset samples: __key__, __url__ and the members' bytes. A torn tar is told to `fault` and left."""
+
+    def handler(error: Exception) -> bool:
+        fault({"shard": str(error.args[-1]), "key": "", "reason": f"torn tar: {error.args[0]}"})
+        return True
+
+    return group_by_keys(tar_file_expander(_opened(urls, fault), handler=handler), handler=handler)
+
+
+def parsed(sample: Sample) -> Sample:
+    """What the index would say of this sample, and its image's bytes. Raises Unusable."""
+    file, group = io.BytesIO(), Group(sample["__key__"])
+    for suffix, data in sample.items():
+        if not suffix.startswith("__"):
+            group.members[suffix] = (file.tell(), len(data))
+            file.write(data)
+    image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), b"")
+    return {**row_of(file, group), "image": image}
+
+
+class StreamLoader:
+    """Iterates (Batch, Cursor after it) without end. Each rank reads tars of its own; batches are never short.
+
+    Unusable samples do not enter a batch; each has its line in the ledger. group_id is the smallest hash of a caption in
+    the component, so that ranks that have not seen each other's samples number equal captions alike.
+    """
+
+    def __init__(self, stream: Stream, tokenizer: Callable[[list[str]], np.ndarray], recipe: Recipe, cursor: Cursor,
+                 batch_size: int, device: str, rank: int, world: int, ledger: Ledger | None):
+        if len(stream.urls) < world:
+            raise InputError(f"data.stream has {len(stream.urls)} tars for {world} processes: each needs one of its own")
+        self._stream, self._tokenizer, self._recipe, self._cursor = stream, tokenizer, recipe, cursor
+        self._batch_size, self._device, self._rank, self._world = batch_size, device, rank, world
+        part = slice_of(rank, world, batch_size)
+        self._count = part.stop - part.start
+        self._ledger = ledger or Ledger()
+        self._executor = make_executor(recipe, device)
+        self._parsers = ReadAhead(min(recipe.threads or 4, 16))
+        if cursor.samples_seen:
+            say("a stream is not exactly resumable: it begins a pass of its own, with views of its own")
+
+    def _pass(self, number: int, fault: Callable[[dict], None]) -> Iterator[Sample]:
+        """This rank's samples of one pass over all tars, shuffled."""
+        urls = random.Random(f"{self._cursor.seed} {number}").sample(self._stream.urls, len(self._stream.urls))
+        shuffled = wds.shuffle(SHUFFLE_BUFFER, rng=random.Random(f"{self._cursor.seed} {number} {self._rank}"))
+        yield from shuffled(raw_samples(urls[self._rank :: self._world], fault))
+
+    def _parsed(self, raw: Iterator[Sample], fault: Callable[[dict], None]) -> Iterator[Sample]:
+        """Usable samples in order, parsed on threads."""
+        waiting: deque[tuple[Sample, list[Future[Sample]]]] = deque()
+        for sample in raw:
+            waiting.append((sample, self._parsers.ask([partial(parsed, sample)])))
+            if len(waiting) >= PARSED_AHEAD:
+                yield from self._usable(*waiting.popleft(), fault)
+        while waiting:
+            yield from self._usable(*waiting.popleft(), fault)
+
+    def _usable(self, sample: Sample, future: list[Future[Sample]], fault: Callable[[dict], None]) -> Iterator[Sample]:
+        row, skip_ids = self._parsers.answers(future, READ_TIMEOUT)[0], self._stream.skip_ids
+        if isinstance(row, Exception):
+            fault({"shard": sample["__url__"], "key": sample["__key__"], "reason": str(row)})
+            return
+        at = int(np.searchsorted(skip_ids, row["sample_id"]))
+        if at == len(skip_ids) or skip_ids[at] != row["sample_id"]:
+            yield {**row, "url": sample["__url__"]}
+
+    def _samples(self, fault: Callable[[dict], None]) -> Iterator[tuple[int, Sample]]:
+        """(pass, sample) without end. Raises InputError when a pass gives nothing."""
+        number = self._cursor.samples_seen
+        while True:
+            empty = True
+            for sample in self._parsed(self._pass(number, fault), fault):
+                empty = False
+                yield number % 2**32, sample
+            if empty:
+                raise InputError(f"data.stream: no usable sample in {len(self._stream.urls)} tars")
+            number += 1
+
+    def _batch(self, epochs: np.ndarray, samples: list[Sample], fault: Callable[[dict], None]) -> Batch:
+        seed, ids = self._cursor.seed, np.array([s["sample_id"] for s in samples], np.int64)
+        choices = [s["captions"] for s in samples]
+        drawn = draw_captions(seed, epochs, 0, ids, np.array([len(c) for c in choices]))
+        captions = [c[d] for c, d in zip(choices, drawn, strict=True)]
+        sizes = np.array([[s["width"], s["height"]] for s in samples])
+        vectors = sample_vectors(seed, epochs, 0, ids, sizes, self._recipe.kinds)
+        (views, vectors, ids_B), bad = execute(self._executor, [_fit(s) for s in samples], vectors, ids)
+        for b, reason in bad.items():
+            fault({"shard": samples[b]["url"], "key": samples[b]["key"], "reason": reason})
+        tokens = torch.from_numpy(self._tokenizer(captions))[:, None]
+        groups = torch.from_numpy(_named(group_ids(ids, np.full(len(ids), -1), captions), captions))
+        return to_device(Batch(views, vectors, tokens, ids_B, groups, valid_mask(len(ids), bad)), self._device)
+
+    def _batches(self) -> Iterator[tuple[Batch, Cursor, list[dict]]]:
+        faults: list[dict] = []
+        samples, seen = self._samples(faults.append), self._cursor.samples_seen
+        while True:
+            chosen = [next(samples) for _ in range(self._count)]
+            seen += self._batch_size
+            batch = self._batch(np.array([e for e, _ in chosen], np.int64), [s for _, s in chosen], faults.append)
+            lines = [{"samples": seen, **line} for line in faults]
+            faults.clear()
+            yield batch, replace(self._cursor, samples_seen=seen), lines
+
+    def __iter__(self) -> Generator[tuple[Batch, Cursor], None, None]:
+        """Raises WorkFailed past the bad-sample budget."""
+        stream = prefetched(self._batches(), PREFETCHED_BATCHES, self.close)
+        try:
+            for batch, cursor, bad in stream:
+                self._ledger.count(len(batch.valid), bad)
+                yield batch, cursor
+        finally:
+            stream.close()
+
+    def close(self) -> None:
+        """Give back threads and the executor's memory."""
+        self._parsers.close()
+        self._executor.close()
+
+
+def _fit(sample: Sample) -> bytes | Exception:
+    try:
+        return fit(sample["image"], sample["plain"])
+    except Undecodable as error:
+        return error
+
+
+def _named(group_B: np.ndarray, captions: list[str]) -> np.ndarray:
+    """Each component by the smallest hash of its captions."""
+    name_B = np.array([sample_id_of(caption) for caption in captions], np.int64)
+    smallest = name_B.copy()
+    np.minimum.at(smallest, group_B, name_B)
+    return smallest[group_B]
