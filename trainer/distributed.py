@@ -1,0 +1,190 @@
+"""The only file that knows ranks: the process group, what crosses the wire, DDP and its scale, accumulation.
+
+A global batch of N groups over W ranks: rank r holds groups ⌊rN/W⌋ … ⌊(r+1)N/W⌋, in P = ⌈N/W⌉ slots on the wire. B groups
+on this rank, V views, T texts, D embedding.
+"""
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.console import InputError
+
+Embeddings = tuple[Tensor, Tensor, Tensor, Tensor]  # image (B, V, D), text (B, T, D), temperature (3,), offset (3,)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The valid groups of the global batch, sorted by id: own ones by their place here, and foreign ones."""
+
+    own: Tensor
+    own_id: Tensor
+    foreign_id: Tensor
+    exchange: Callable[[Tensor], Tensor]  # what belongs to own groups → the same of foreign groups; one collective
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the W that share a global batch of `batch` groups."""
+
+    rank: int = 0
+    world: int = 1
+    batch: int = 0
+
+    @property
+    def slots(self) -> int:
+        """P: groups of each rank on the wire."""
+        return -(-self.batch // self.world)
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """Every rank's rows, those of rank r from r·P on, zeros where it has fewer → (W·P, …). One collective."""
+        if len(x_B) > self.slots:
+            raise ValueError(f"rank {self.rank} holds {len(x_B)} groups, but a global batch of {self.batch} over "
+                             f"{self.world} ranks leaves each at most {self.slots}")
+        mine_P = torch.cat([x_B.detach(), x_B.new_zeros(self.slots - len(x_B), *x_B.shape[1:])])
+        every = mine_P.new_empty(self.world * self.slots, *x_B.shape[1:])
+        dist.all_gather_into_tensor(every, mine_P)
+        return every
+
+    def groups(self, count: int, group_id: Tensor | None, valid: Tensor | None, device: torch.device) -> Groups:
+        """Sort the valid ones of `count` groups here, and of all elsewhere. Raises ValueError, on all ranks, without any."""
+        first = self.rank * self.slots if self.world > 1 else 0
+        id_B = torch.arange(first, first + count, device=device) if group_id is None else group_id
+        valid_B = torch.ones(count, dtype=torch.bool, device=device) if valid is None else valid
+        if self.world > 1:
+            id_B, valid_B = self.gather(torch.stack([id_B, valid_B.long()], dim=1)).unbind(1)
+        place = valid_B.nonzero().squeeze(1)
+        if len(place) == 0:
+            raise ValueError("the loss of a batch without a valid group is undefined")
+        place = place[id_B[place].argsort(stable=True)]
+        mine = (place >= first) & (place < first + count)
+        own, foreign = place[mine] - first, place[~mine]
+
+        def exchange(x_own: Tensor) -> Tensor:
+            if self.world == 1:
+                return x_own[:0]
+            x_B = x_own.new_zeros(count, *x_own.shape[1:]).index_copy_(0, own, x_own)
+            return self.gather(x_B)[foreign]
+
+        return Groups(own, id_B[place[mine]], id_B[foreign], exchange)
+
+    def for_averaging(self, loss: Tensor) -> Tensor:
+        """What to call backward on under DDP: ranks' gradients are shares to be added, and DDP averages them."""
+        return loss * self.world
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def process_group(batch: int, device: str, timeout_minutes: float = 10) -> Generator[tuple[Ranks, str]]:
+    """Ranks and device of a process that torchrun started; ALONE and `device` of any other.
+
+    A rank that waits longer than the timeout for another one ends with an error. Raises InputError when there are more
+    ranks than groups or GPUs.
+    """
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if world == 1:
+        yield ALONE, device
+        return
+    if batch < world:
+        raise InputError(f"{world} processes share batches of {batch}: start at most {batch}, or raise optim.batch_size")
+    if device.startswith("cuda"):
+        if local >= (gpus := torch.cuda.device_count()):
+            raise InputError(f"process {local} has no GPU of its own, torch sees {gpus}: lower torchrun's --nproc-per-node")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield Ranks(dist.get_rank(), world, batch), device
+    finally:
+        dist.destroy_process_group()
+
+
+class Step(nn.Module):
+    """All that a step computes with parameters, in one forward as DDP wants it: `model(...)` and `model.similarity()`."""
+
+    def __init__(self, model: nn.Module, bf16: bool = False):
+        super().__init__()
+        self.model, self.bf16 = model, bf16
+
+    def forward(self, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> Embeddings:
+        """→ image (B, V, D), text (B, T, D), temperature (3,), offset (3,)."""
+        with torch.autocast(vector_BVA.device.type, torch.bfloat16, enabled=self.bf16):
+            image_BVD, text_BTD = self.model(views, vector_BVA, token_BTL)
+        return image_BVD, text_BTD, *self.model.get_submodule("similarity")()
+
+
+def parallel(step: nn.Module, ranks: Ranks, device: str) -> nn.Module:
+    """`step`, whose gradients are averaged over ranks.
+
+    On CPUs DDP looks for unused parameters only because it then keeps its buckets as they are: rebuilt after the first
+    step, they would add in another order than the run that resumes there.
+    """
+    if ranks.world == 1:
+        return step
+    gpu = [torch.device(device)] if device.startswith("cuda") else None
+    return DistributedDataParallel(step, gpu, broadcast_buffers=False, find_unused_parameters=gpu is None)
+
+
+def chunks(count: int, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> list[tuple]:
+    """A rank's groups as the arguments of `count` consecutive forwards; fewer where there are fewer groups."""
+    groups = len(vector_BVA)
+    count = max(1, min(count, groups))
+    parts = [slice(n * groups // count, (n + 1) * groups // count) for n in range(count)]
+    return [([view[part] for view in views], vector_BVA[part], token_BTL[part]) for part in parts]
+
+
+def forward_backward(step: nn.Module, parts: Sequence[tuple], loss_of: Callable[..., Tensor], ranks: Ranks = ALONE
+                     ) -> Tensor:
+    """The loss of all parts together; gradients are left in the parameters, averaged by DDP where `step` is wrapped.
+
+    step(*part) → Embeddings; loss_of(*Embeddings) → the global loss. With several parts only one at a time has a graph:
+    first every embedding without one, then the loss, then each part again, under the random state of its first time.
+    """
+    if len(parts) == 1:
+        loss = loss_of(*step(*parts[0]))
+        ranks.for_averaging(loss).backward()
+        return loss.detach()
+    states, outputs = [], []
+    with torch.no_grad():
+        for part in parts:
+            states.append(_random_state())
+            outputs.append(step(*part))
+    images, texts, temperatures, offsets = zip(*outputs, strict=True)
+    inputs = [x.detach().requires_grad_() for x in (torch.cat(images), torch.cat(texts), temperatures[0], offsets[0])]
+    loss = loss_of(*inputs)
+    image_BVD, text_BTD, *of_similarity = torch.autograd.grad(ranks.for_averaging(loss), inputs, allow_unused=True,
+                                                              materialize_grads=True)
+    sizes = [len(x) for x in images]
+    pieces = list(zip(parts, states, image_BVD.split(sizes), text_BTD.split(sizes), strict=True))
+    for n, (part, state, *gradients) in enumerate(pieces):
+        last = n == len(pieces) - 1
+        _set_random_state(state)
+        # DDP reduces with the last part. τ and b are in every part, but their gradient is the whole loss's: it counts once.
+        with nullcontext() if last or not isinstance(step, DistributedDataParallel) else step.no_sync():
+            _backward(step(*part), [*gradients, *of_similarity] if last else gradients)
+    return loss.detach()
+
+
+def _backward(outputs: Embeddings, gradients: list[Tensor]) -> None:
+    wanted = [(x, g) for x, g in zip(outputs, gradients, strict=False) if x.requires_grad]
+    torch.autograd.backward([x for x, _ in wanted], [g for _, g in wanted])
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
