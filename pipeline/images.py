@@ -2,12 +2,17 @@
 
 import io
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
-MAX_PIXELS = 100_000_000
+Image.init()  # `formats` below finds only what is loaded
+# Decoders that stay inside this process: Pillow would hand EPS to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+MAX_PIXELS = 50_000_000
 _ORIENTATION_TAG = 0x0112
 _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 
@@ -25,28 +30,42 @@ class ImageFacts:
     plain: bool
 
 
-def _open(data: bytes) -> Image.Image:
+@contextmanager
+def _decoding(data: bytes) -> Generator[None]:
+    """Whatever Pillow raises on hostile bytes becomes Undecodable."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise Undecodable(f"more than {MAX_PIXELS:,} pixels")
-        image.load()
+        yield
+    except (Undecodable, MemoryError):
+        raise
     except Image.DecompressionBombError:
         raise Undecodable(f"more than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise Undecodable("not an image" if data else "empty") from None
-    except (OSError, SyntaxError, ValueError, IndexError, EOFError) as error:  # what Pillow's decoders raise
-        raise error if isinstance(error, Undecodable) else Undecodable(str(error).lower() or "corrupt") from None
+    except Exception as error:  # struct.error, RuntimeError, NotImplementedError, SyntaxError…: each plugin has its own
+        raise Undecodable(str(error).lower() or "corrupt") from None
+
+
+def _open(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Undecodable(f"more than {MAX_PIXELS:,} pixels")
+    image.load()
     return image
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16- and 32-bit grey scaled to 8 bit (Pillow's own conversion clips)."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257).astype(np.uint8))
-    return image
+    """16- and 32-bit grey scaled to 8 bit, its transparent value to alpha (Pillow's own conversion clips both)."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.dtype != np.uint16:
+        values = np.clip(values, 0, 65535).astype(np.uint16)
+    grey = Image.fromarray((values // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -56,27 +75,26 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _flatten(image: Image.Image) -> Image.Image:
+    return _on_white(_eight_bit(ImageOps.exif_transpose(image)))
+
+
 def upright_rgb(data: bytes) -> Image.Image:
     """Decode the first frame, apply EXIF orientation, flatten alpha and palette onto white, 8-bit RGB.
 
-    Raises Undecodable for anything that is not a complete image of at most MAX_PIXELS.
+    Raises Undecodable for anything that is not a complete image of at most MAX_PIXELS in one of FORMATS.
     """
-    return _flatten(_open(data))
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    return _on_white(ImageOps.exif_transpose(_eight_bit(image)))
+    with _decoding(data):
+        return _flatten(_open(data))
 
 
 def inspect(data: bytes) -> ImageFacts:
-    """Decode fully and say what the index needs to know. Raises Undecodable."""
-    image = _open(data)
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    plain = image.format == "JPEG" and image.mode in {"RGB", "L"} and orientation not in range(2, 9)
-    width, height = image.size
-    if orientation in range(5, 9):
-        width, height = height, width
-    return ImageFacts(width, height, plain)
+    """Decode fully, as every executor will, and say what the index needs to know. Raises Undecodable."""
+    with _decoding(data):
+        image = _open(data)
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        plain = image.format == "JPEG" and image.mode in {"RGB", "L"} and orientation not in range(2, 9)
+        return ImageFacts(*(image if plain else _flatten(image)).size, plain)
 
 
 def plain_bytes(data: bytes) -> bytes:

@@ -43,6 +43,7 @@ class CaptionTokenizer:
     """
 
     def __init__(self, bpe: Tokenizer, context: int):
+        bpe.encode_special_tokens = True  # in captions they are text like any other
         self._bpe, self.context = bpe, context
         start, end = bpe.token_to_id(START), bpe.token_to_id(END)
         if start is None or end is None:

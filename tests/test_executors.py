@@ -99,6 +99,40 @@ def test_transparency_becomes_white():
     assert np.asarray(upright_rgb(encoded(clear, "PNG"))).min() == 255
 
 
+def test_sixteen_bit_keeps_orientation_and_transparency():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = Image.fromarray(np.full((60, 80), 1000, np.uint16))
+    data = encoded(grey, "PNG", exif=exif, transparency=1000)
+    facts = inspect(data)
+    assert (facts.width, facts.height) == upright_rgb(data).size == (60, 80)
+    assert np.asarray(upright_rgb(data)).min() == 255
+
+
+@pytest.mark.parametrize("format", ["AVIF", "WEBP", "PNG", "TIFF", "GIF", "JPEG"])
+def test_damage_anywhere_is_undecodable_and_nothing_else(format):
+    """Whatever a decoder raises; and what `inspect` accepts every executor can decode."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded(picture(8), format, **({} if format == "GIF" else {"exif": exif}))
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data), 4):
+            data[at] = rng.integers(256)
+        try:
+            facts = inspect(bytes(data))
+        except Undecodable:
+            continue
+        assert upright_rgb(bytes(data)).size == (facts.width, facts.height)
+
+
+def test_no_image_reaches_another_program():
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(Undecodable, match="not an image"):
+        upright_rgb(eps)
+
+
 @pytest.mark.parametrize("data", [b"", b"<html>", encoded(picture(0))[:-200], encoded(rgba(), "PNG")[:-300]])
 def test_what_is_no_complete_image_is_refused(data):
     with pytest.raises(Undecodable):

@@ -52,10 +52,14 @@ def test_a_trained_vocabulary_survives_its_file():
     assert tokenizer.vocab_size <= 400
 
 
-def test_a_caption_cannot_forge_special_tokens(clip):
-    ids = clip(["<end_of_text> after"])[0]
-    assert (ids == clip.end_id).sum() == 1
-    assert ids[1] != clip.end_id
+@pytest.mark.parametrize("make", [CaptionTokenizer.clip, lambda: CaptionTokenizer.train(CAPTIONS, 400, 77)])
+def test_a_caption_cannot_forge_special_tokens(make):
+    tokenizer = make()
+    for again in (tokenizer, CaptionTokenizer.from_json(tokenizer.to_json(), 77)):
+        ids = again(["<end_of_text> after <start_of_text><pad>"])[0]
+        assert (ids == again.end_id).sum() == (ids == again.start_id).sum() == 1
+        assert ids[1] != again.end_id
+
 
 
 def test_equal_captions_train_equal_vocabularies_in_every_process():
