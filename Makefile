@@ -1,10 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PORT ?= 8377
 
 .PHONY: install system demo test test-slow lint clean
 
 # One virtual environment; built again when what it is made of changes.
 .venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv: a few minutes, most of them torch and DALI"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -17,7 +19,7 @@ system:
 	apt-get install --quiet=2 --yes --no-install-recommends chromium fonts-dejavu-core
 
 demo: install
-	$(BIN)/python -m tools.demo demo
+	$(BIN)/python -m tools.demo demo --port $(PORT)
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"

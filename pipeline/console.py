@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-OK, WORK_FAILED, WRONG_INPUT = 0, 1, 2
+OK, WORK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -32,9 +32,13 @@ def run(app: typer.Typer) -> None:
     except (InputError, WorkFailed) as error:
         err.print(f"error: {error}", style="red", markup=False)
         sys.exit(WRONG_INPUT if isinstance(error, InputError) else WORK_FAILED)
-    except KeyboardInterrupt:
-        err.print("stopped by the keyboard", style="red")
-        sys.exit(130)
+    except OSError as error:  # a folder that cannot be written, a full disk: the system's own words name the place
+        err.print(f"error: {error}", style="red", markup=False)
+        sys.exit(WORK_FAILED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Typer turns Ctrl-C into it without a word
+            err.print("stopped by Ctrl-C; what is finished is kept (see --help on how to go on)", style="red")
+        raise
 
 
 def app(help: str) -> typer.Typer:

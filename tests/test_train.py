@@ -1,7 +1,10 @@
 """A run that is killed goes on as if never stopped; a run that cannot start says why in one line."""
 
+import hashlib
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +18,7 @@ from conftest import command
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
 from trainer.config import load_config
-from trainer.train import resume, start, train
+from trainer.train import restored, start, train
 
 TINY = {"model.image.size": 24, "model.image.width": 32, "model.image.depth": 2, "model.image.heads": 2,
         "model.text.width": 32, "model.text.depth": 2, "model.text.heads": 2, "model.dim": 16, "optim.batch_size": 16,
@@ -92,7 +95,7 @@ def test_a_torn_checkpoint_is_never_used(scenes, tmp_path, finished):
     """Stopped in the middle of writing a checkpoint: files are there, state.json is not, `latest` is the one before."""
     folder = tmp_path / "torn"
     begin(scenes, folder, **{"optim.samples": 96})
-    config, training = resume(folder)
+    config, training = restored(folder)
     torn = folder / "checkpoints" / "000000000144"
     torn.mkdir()
     (torn / checkpoint.WEIGHTS).write_bytes(b"half")
@@ -145,12 +148,89 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(scenes, tmp_path):
                for name, p in training.model.named_parameters())
 
 
+def test_a_killed_rewrite_never_takes_the_latest_checkpoint_away(scenes, tmp_path, monkeypatch):
+    """Resumed from an older checkpoint and stopped while writing one that `latest` named before."""
+    folder = tmp_path / "back"
+    begin(scenes, folder, **{"optim.samples": 144, "run.keep": 9})
+    config, training = restored(folder / "checkpoints" / "000000000096")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, training)
+    assert checkpoint.find(folder).name == "000000000096"
+    checkpoint.load_model(folder)
+
+
+def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_stays(scenes, tmp_path):
+    folder = tmp_path / "full"
+    words = [w for o in overrides(scenes, folder) for w in ("--set", o)]
+    size = 2**19  # of one file, in bytes: less than the weights and more than the log
+    done = command("uniclip-train", "run", "scenes-tiny", *words, preexec_fn=lambda: limit_files(size))
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def limit_files(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_batch_of_bad_images_ends_the_run_with_a_clear_line(scenes, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(scenes / "train", data)
+    for tar in data.glob("*.tar"):
+        tar.write_bytes(bytes(tar.stat().st_size))
+    config = load_config("scenes-tiny", overrides(scenes, tmp_path / "run", **{"data.index": data}))
+    with pytest.raises(WorkFailed, match="no image before 16 samples could be decoded, see .*bad_samples.jsonl"):
+        train(config, start(config))
+
+
+def test_a_run_goes_on_from_another_folder(scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(scenes)
+    begin(scenes, tmp_path / "run", **{"data.index": "train", "optim.samples": 32})
+    monkeypatch.chdir(tmp_path)
+    assert restored(tmp_path / "run")[1].cursor.samples_seen == 32
+
+
+TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node"]
+
+
+def on_ranks(world: int, words: list[str]) -> None:
+    """Run `uniclip-train` under torchrun."""
+    done = command(*TORCHRUN, world, "--no-python", Path(sys.executable).parent / "uniclip-train", *words)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_any_number_of_processes_trains_the_same_model(scenes, tmp_path, finished, accumulation):
+    """Two processes, stopped, then three, where the batch does not divide: the losses are those of one process."""
+    folder = tmp_path / "ranks"
+    more = {"optim.accumulation": accumulation}
+    words = [w for o in overrides(scenes, folder, **more) for w in ("--set", o)]
+    on_ranks(2, ["run", "scenes-tiny", *words, "--set", "optim.samples=96"])
+    stored = checkpoint.find(folder) / "config.toml"
+    longer = stored.read_text().replace("samples = 96", "samples = 480")
+    state = checkpoint.find(folder) / "state.json"
+    state.write_text(state.read_text().replace(checkpoint.sha256_of(stored), hashlib.sha256(longer.encode()).hexdigest()))
+    stored.write_text(longer)
+    on_ranks(3, ["resume", str(folder)])
+    ours, theirs = ([row[2] for row in trace(run)][6:26] for run in (folder, finished))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 WRONG = [
     (["run", "nowhere.toml"], 2, "neither a TOML file nor a preset"),
     (["run", "scenes-tny"], 2, "did you mean scenes-tiny?"),
     (["run", "scenes-tiny", "--set", "optim.lrate=1"], 2, "did you mean optim.lr?"),
     (["run", "scenes-tiny", "--set", "data.index=nowhere"], 2, "nowhere"),
     (["run", "scenes-tiny", "--set", "run.device=cuda:7"], 2, "no CUDA device"),
+    (["run", "scenes-tiny", "--set", "model.image.arch=resnet50"], 2, "[model] cannot be built"),
+    (["run", "scenes-tiny", "--set", "model.image.heads=5"], 2, "[model] cannot be built"),
+    (["run", "scenes-tiny", "--set", "run.folder=/proc/nowhere/run"], 1, "/proc/nowhere"),
     (["resume", "nowhere"], 2, "holds no checkpoint"),
 ]
 
@@ -160,7 +240,8 @@ def test_wrong_input_is_one_clear_line(scenes, tmp_path, words, code, message):
     if torch.cuda.is_available() and "run.device=cuda:7" in words:
         pytest.skip("there is a CUDA device")
     if not any("data.index" in word for word in words) and words[0] == "run":
-        words = [*words, "--set", f"data.index={scenes / 'train'}", "--set", f"run.folder={tmp_path}/run"]
+        own = ["--set", f"data.index={scenes / 'train'}", "--set", f"run.folder={tmp_path}/run"]
+        words = ["run", words[1], *own, *words[2:]]
     done = command("uniclip-train", *words)
     assert done.returncode == code
     assert message in done.stderr
@@ -177,7 +258,7 @@ def test_a_run_is_not_started_over_another(scenes, finished):
 def test_other_data_on_resume_is_refused(scenes, tmp_path):
     folder = tmp_path / "moved"
     begin(scenes, folder, **{"optim.samples": 32})
-    config, training = resume(folder)
+    config, training = restored(folder)
     state = checkpoint.read_state(checkpoint.find(folder))
     other = json.loads((checkpoint.find(folder) / "state.json").read_text())
     other["cursor"]["index"] = "another"

@@ -39,7 +39,7 @@ def serve(folder: Path, port: int) -> Server:
     try:
         server = Server(("127.0.0.1", port), partial(Quiet, directory=str(folder)))
     except OSError as error:
-        sys.exit(f"error: port {port} of 127.0.0.1 cannot be used ({error.strerror}); choose another with --port")
+        sys.exit(f"error: port {port} of 127.0.0.1 is taken ({error.strerror}): choose another with `make demo PORT=8378`")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
@@ -55,9 +55,9 @@ def show(command: str) -> None:
 
 def data(out: Path, scenes: int, held_out: int, port: int) -> None:
     """Draw, serve, download, index."""
+    server = serve(out / "scenes" / "train", port)
     if not (out / "scenes").is_dir():
         show(f"uniclip-data scenes {out}/scenes --count {scenes} --held-out {held_out}")
-    server = serve(out / "scenes" / "train", port)
     print(f"\n(serving {out}/scenes/train at http://127.0.0.1:{port}/)", flush=True)
     if not (out / "urls.parquet").is_file():
         show(f"uniclip-data urls table {out}/scenes/train/captions.tsv {out}/urls.parquet --url-column image "

@@ -17,28 +17,31 @@ def run(
     config: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")],
     set_: Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one value; repeatable.")] = [],  # noqa: B006
 ) -> None:
-    """Start a run.
+    """Start a run; under torchrun on as many processes as it starts.
 
     Example: `uniclip-train run scenes-tiny --set data.index=shards --set optim.lr=5e-4`
+
+    Example on 8 GPUs: `torchrun --nproc-per-node 8 --no-python uniclip-train run vit-b32`
     """
     from trainer.config import load_config
 
     resolved = load_config(config, set_)
-    from trainer.train import start, train
+    from trainer.train import run as run_run
 
-    say(f"checkpoint {train(resolved, start(resolved))}")
+    say(f"checkpoint {run_run(resolved)}")
 
 
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(help="The folder of the run.")]) -> None:
     """Go on with a run from its latest complete checkpoint, exactly as if it had never stopped.
 
+    It may go on under torchrun on another number of processes: samples, captions and views stay what they were.
+
     Example: `uniclip-train resume runs/scenes-tiny`
     """
     from trainer.train import resume as resume_run
-    from trainer.train import train
 
-    say(f"checkpoint {train(*resume_run(folder))}")
+    say(f"checkpoint {resume_run(folder)}")
 
 
 @app.command()

@@ -3,10 +3,19 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.console import InputError
 from pipeline.sampling import KINDS, MEDIUM, RECIPES, STRONG, WEAK, ViewKind
@@ -22,6 +31,8 @@ class Section(BaseModel):
 
 
 Range = tuple[float, float]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Here = Annotated[Path, AfterValidator(Path.absolute)]  # a run may be resumed from another folder
 
 
 class ViewConfig(Section):
@@ -59,14 +70,14 @@ class DataConfig(Section):
     column sample_id. recipe: a name in RECIPES, or kinds of views.
     """
 
-    index: Path | None = None
+    index: Here | None = None
     stream: str | None = None
     shards: str = ""
-    cache: Path | None = None
+    cache: Here | None = None
     cache_gb: float = Field(default=20, gt=0)
     read_timeout: float = Field(default=60, gt=0)
     weights: dict[str, float] = {}
-    skip: tuple[Path, ...] = ()
+    skip: tuple[Here, ...] = ()
     recipe: str | tuple[str, ...] = "uniclip"
     weak: ViewConfig = _view_config(WEAK)
     medium: ViewConfig = _view_config(MEDIUM)
@@ -74,6 +85,12 @@ class DataConfig(Section):
     executor: Literal["auto", "dali", "pillow"] = "auto"
     threads: int = Field(default=0, ge=0)
     bad_sample_budget: float = Field(default=0.01, ge=0, le=1)
+
+    @field_validator("weak", "medium", "strong", mode="before")
+    @classmethod
+    def _completed(cls, given: Any, info: ValidationInfo) -> Any:
+        """What is not said of a kind of view is as by default."""
+        return {**vars(KINDS[str(info.field_name)]), **given} if isinstance(given, dict) else given
 
     @field_validator("recipe")
     @classmethod
@@ -118,6 +135,12 @@ class TextConfig(Section):
     heads: int = Field(default=8, gt=0)
     pooling: Literal["start", "end"] = "start"
 
+    @model_validator(mode="after")
+    def _divides(self) -> "TextConfig":
+        if self.width % self.heads:
+            raise ValueError(f"heads = {self.heads} do not divide width = {self.width}")
+        return self
+
 
 class HeadConfig(Section):
     """g_I, and whether it sees f_A's embedding of the augmentation vector."""
@@ -159,13 +182,18 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW with warm-up and a cosine to zero; all lengths in samples, so another GPU count changes nothing."""
+    """AdamW with warm-up and a cosine to zero; all lengths in samples, so another GPU count changes nothing.
+
+    batch_size is the global one. accumulation: parts in which each process takes its slice of it, for less memory; the loss
+    and its gradient stay the whole batch's.
+    """
 
     samples: int = Field(gt=0)
     batch_size: int = Field(gt=1)
+    accumulation: int = Field(default=1, ge=1)
     lr: float = Field(default=1e-3, gt=0)
     warmup_samples: int = Field(default=0, ge=0)
-    betas: Range = (0.9, 0.98)
+    betas: tuple[Share, Share] = (0.9, 0.98)
     weight_decay: float = Field(default=0.2, ge=0)
     clip: float = Field(default=1.0, gt=0)
 
@@ -173,13 +201,20 @@ class OptimConfig(Section):
 class RunConfig(Section):
     """Where the run lives, what it runs on, how often it writes."""
 
-    folder: Path
+    folder: Here
     seed: int = Field(default=0, ge=0, lt=2**63)
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = Field(default=10, gt=0)
     save_every_samples: int = Field(gt=0)
     keep: int = Field(default=2, gt=0)
+
+    @field_validator("folder", mode="before")
+    @classmethod
+    def _local(cls, folder: Any) -> Any:
+        if "://" in str(folder):
+            raise ValueError("a run lives in a local folder: copy its checkpoints/ to remote storage")
+        return folder
 
 
 class Config(Section):
@@ -222,7 +257,8 @@ def load_config(source: str, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        set_here = {override.partition("=")[0] for override in overrides or []}
+        raise InputError("; ".join(_explain(e, path, set_here) for e in error.errors())) from None
 
 
 def _set(values: dict[str, Any], override: str) -> None:
@@ -243,14 +279,15 @@ def _set(values: dict[str, Any], override: str) -> None:
     values.pop(_INSTEAD.get(key, ""), None)
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, path: Path, set_here: set[str]) -> str:
     """One pydantic error as place, fault and cure."""
     place = ".".join(str(part) for part in error["loc"])
+    where = f"--set {place}" if place in set_here else f"{path}: {place}"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {place}{_nearest(error['loc'])}"
+        return f"{where} is an unknown key{_nearest(error['loc'])}"
     if error["type"] == "missing":
-        return f"{place} is missing: set it in the file or with --set {place}=…"
-    return f"{place} = {error['input']!r}: {error['msg']}"
+        return f"{where} is missing: set it in the file or with --set {place}=…"
+    return f"{where} = {error['input']!r}: {error['msg']}"
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str:

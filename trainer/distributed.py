@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.console import InputError
+from trainer.losses import NoValidGroup
 
 Embeddings = tuple[Tensor, Tensor, Tensor, Tensor]  # image (B, V, D), text (B, T, D), temperature (3,), offset (3,)
 
@@ -63,7 +64,7 @@ class Ranks:
             id_B, valid_B = self.gather(torch.stack([id_B, valid_B.long()], dim=1)).unbind(1)
         place = valid_B.nonzero().squeeze(1)
         if len(place) == 0:
-            raise ValueError("the loss of a batch without a valid group is undefined")
+            raise NoValidGroup
         place = place[id_B[place].argsort(stable=True)]
         mine = (place >= first) & (place < first + count)
         own, foreign = place[mine] - first, place[~mine]

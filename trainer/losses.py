@@ -5,7 +5,7 @@ logits inside each group and of Λ, the log of the summed scores of an anchor's 
 groups, so only Λ has a faster implementation (tiles.py); the formulas are here, once.
 
 All losses take raw embeddings and normalise them themselves, and are means over the anchors of valid groups. A batch
-without a valid group has no loss: ValueError.
+without a valid group has no loss: NoValidGroup, a ValueError.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SUPERVISIONS = ("unified", "separate")
+
+
+class NoValidGroup(ValueError):
+    """Every group of the global batch is invalid: its loss is undefined."""
+
+    def __init__(self):
+        super().__init__("the loss of a batch without a valid group is undefined")
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ def dense_loss(name: str, image_BVD: Float[Tensor, "B V D"], text_BTD: Float[Ten
     if valid is not None:
         image_BVD, text_BTD, group_id = image_BVD[valid], text_BTD[valid], group_id[valid]
     if len(image_BVD) == 0:
-        raise ValueError("the loss of a batch without a valid group is undefined")
+        raise NoValidGroup
     z_image_BVD, z_text_BTD = unit(image_BVD), unit(text_BTD)
     log_negatives_BSC = _log_negatives(z_image_BVD, z_text_BTD, temperature_3, offset_3, group_id, supervision)
     logit_BSS = logits_within(z_image_BVD, z_text_BTD, temperature_3, offset_3)

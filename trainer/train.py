@@ -1,12 +1,12 @@
 """The training loop: next batch, forward, loss, backward, step, log, save."""
 
-import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.console import InputError, WorkFailed, say
 from pipeline.ledger import Ledger
@@ -14,15 +14,18 @@ from pipeline.loader import Indexed
 from pipeline.plan import read_skip_lists
 from pipeline.reader import Place
 from pipeline.recipe import Cursor, Recipe
+from pipeline.schema import Batch
 from pipeline.stream import Stream
 from pipeline.text import CaptionTokenizer
 from trainer import checkpoint
 from trainer.config import Config, DataConfig, TextConfig
+from trainer.distributed import ALONE, Ranks, Step, chunks, forward_backward, parallel, process_group
 from trainer.log import LEDGER, Log
-from trainer.losses import LOSSES
+from trainer.losses import NoValidGroup
 from trainer.model import UniCLIP
 from trainer.optim import learning_rate, make_optimizer
 from trainer.similarity import comparable_offsets
+from trainer.tiles import tiled_loss
 
 
 @dataclass
@@ -65,61 +68,64 @@ def make_tokenizer(config: TextConfig, data: Indexed | Stream) -> CaptionTokeniz
     return CaptionTokenizer.train(data.captions(), config.vocab_size, config.context)
 
 
-def start(config: Config) -> Training:
+def run(config: Config) -> Path:
+    """Start a run, alone or as one of the processes that torchrun started → its last checkpoint. Raises InputError."""
+    with process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
+        return train(config, start(config, device), ranks)
+
+
+def resume(folder: Path) -> Path:
+    """Go on with the run in `folder`, on any number of processes → its last checkpoint. Raises InputError."""
+    config = checkpoint.load_model(folder).config
+    with process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
+        return train(*restored(folder, device), ranks)
+
+
+def start(config: Config, device: str | None = None) -> Training:
     """A run at its beginning. Raises InputError when its folder already holds one."""
     folder = config.run.folder
     if (folder / "checkpoints" / checkpoint.LATEST).is_file():
         raise InputError(f"{folder} already holds a run: go on with `uniclip-train resume {folder}`, or choose another "
                          "with --set run.folder=…")
     data = open_data(config.data)
-    return _assemble(config, data, make_tokenizer(config.model.text, data))
+    return _assemble(config, data, make_tokenizer(config.model.text, data), device)
 
 
-def resume(folder: Path) -> tuple[Config, Training]:
+def restored(folder: Path, device: str | None = None) -> tuple[Config, Training]:
     """A run at its latest complete checkpoint. Raises InputError when the data is not what it was."""
     source = checkpoint.find(folder)
     loaded = checkpoint.load_model(folder)
     state = checkpoint.read_state(source)
     config = loaded.config.model_copy(update={"run": loaded.config.run.model_copy(update={"folder": loaded.run})})
-    training = _assemble(config, open_data(config.data), loaded.tokenizer)
+    training = _assemble(config, open_data(config.data), loaded.tokenizer, device)
     training.cursor.refuse_other(state.cursor)
     checkpoint.restore(source, training.model, training.optimizer)
     training.cursor, training.step, training.seconds = state.cursor, state.step, state.seconds
     return config, training
 
 
-def _assemble(config: Config, data: Indexed | Stream, tokenizer: CaptionTokenizer) -> Training:
-    device = pick_device(config.run.device)
+def _assemble(config: Config, data: Indexed | Stream, tokenizer: CaptionTokenizer, device: str | None) -> Training:
+    device = device or pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
-    model = UniCLIP(config.model, tokenizer.vocab_size, tokenizer.end_id, config.learns_offset)
-    if not config.learns_offset:
-        model.similarity.offset.requires_grad_(False)
+    model = checkpoint.make_model(config, tokenizer)
     model.to(device)
     recipe = Recipe(config.data.kinds(), config.model.image.size, config.data.executor, config.data.threads)
     cursor = Cursor(config.run.seed, 0, data.fingerprint, recipe.fingerprint(**data.chosen))
     return Training(model, make_optimizer(model, config.optim), tokenizer, data, recipe, cursor, device)
 
 
-def train(config: Config, t: Training) -> Path:
+def train(config: Config, t: Training, ranks: Ranks = ALONE) -> Path:
     """Train from where `t` stands to `optim.samples` → the last checkpoint's folder.
 
-    Raises WorkFailed when the loss or its gradient is not finite, or too many samples are bad.
+    Raises WorkFailed when the loss or its gradient is not finite, or too many samples are bad. Rank 0 writes.
     """
-    run, optim = config.run, config.optim
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("training on several processes is not there yet: start one process, without torchrun")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / checkpoint.CONFIG).write_text(config.to_toml())
-    log = Log(run.folder, optim.samples, t.cursor.samples_seen)
-    if t.cursor.samples_seen == 0:
-        saved = _save(config, t)
-        say(_introduction(config, t))
-    else:
-        saved = checkpoint.find(run.folder)
-        say(f"resuming {run.folder} at {t.cursor.samples_seen:,} samples")
+    run, optim, writes = config.run, config.optim, ranks.rank == 0
+    step = parallel(Step(t.model, run.precision == "bf16"), ranks, t.device)  # waits for all: none looks at the folder after
+    saved = _open(config, t) if writes else run.folder
+    log = Log(run.folder, optim.samples, t.cursor.samples_seen) if writes else None
     ledger = Ledger.resumed(run.folder / LEDGER, config.data.bad_sample_budget, t.cursor.samples_seen)
-    loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ledger=ledger)
-    loss_of, bf16 = LOSSES[config.loss.name], run.precision == "bf16"
+    loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ranks.rank, ranks.world, ledger)
+    loss_of = partial(_loss, config, ranks)
     stream, clock = iter(loader), Clock(t.cursor.samples_seen)
     try:
         while t.cursor.samples_seen < optim.samples:
@@ -129,16 +135,15 @@ def train(config: Config, t: Training) -> Path:
             rate = learning_rate(optim, t.cursor.samples_seen)
             for group in t.optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast(torch.device(t.device).type, torch.bfloat16, enabled=bf16):
-                z_image_BVD, z_text_BTD = t.model(batch.views, batch.vectors, batch.tokens)
-            temperature_3, offset_3 = t.model.similarity()
-            loss = loss_of(z_image_BVD.float(), z_text_BTD.float(), temperature_3, offset_3, config.loss.supervision,
-                           batch.group_id, batch.valid)
-
             t.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            parts = chunks(optim.accumulation, batch.views, batch.vectors, batch.tokens)
+            try:
+                loss = forward_backward(step, parts, partial(loss_of, batch), ranks)
+            except NoValidGroup as error:
+                raise WorkFailed(f"{error}: no image before {after.samples_seen:,} samples could be decoded, see "
+                                 f"{run.folder / LEDGER}") from None
             gradient = nn.utils.clip_grad_norm_(t.model.parameters(), optim.clip)
-            if not torch.isfinite(loss + gradient):
+            if not torch.isfinite(loss + gradient):  # both are the global batch's: all ranks stop together
                 raise WorkFailed(f"loss {loss.item():.4g}, gradient norm {gradient.item():.4g} at {after.samples_seen:,} "
                                  f"samples: not finite; weights are as of {saved}; lower optim.lr or use run.precision=fp32")
             t.optimizer.step()
@@ -146,17 +151,40 @@ def train(config: Config, t: Training) -> Path:
 
             before, t.cursor, t.step = t.cursor.samples_seen, after, t.step + 1
             done = after.samples_seen >= optim.samples
-            if t.step % run.log_every == 0 or done:
+            if log and (t.step == 1 or t.step % run.log_every == 0 or done):
+                temperature_3, offset_3 = (x.detach() for x in t.model.similarity())
                 log.write({"step": t.step, "samples": after.samples_seen, "loss": loss.item(), "lr": rate,
                            "grad_norm": gradient.item(), "temperature": temperature_3.tolist(),
                            "offset": comparable_offsets(temperature_3, offset_3).tolist(),
                            **clock.lap(after.samples_seen), "seconds": t.seconds + clock.total})
-            if done or after.samples_seen // run.save_every_samples > before // run.save_every_samples:
+            if writes and (done or after.samples_seen // run.save_every_samples > before // run.save_every_samples):
                 saved = _save(config, t, t.seconds + clock.total)
     finally:
         stream.close()
-        log.close()
+        if log:
+            log.close()
     return saved
+
+
+def _loss(config: Config, ranks: Ranks, batch: Batch, image_BVD: Tensor, text_BTD: Tensor, temperature_3: Tensor,
+          offset_3: Tensor) -> Tensor:
+    """The global batch's loss; embeddings are normalised in float32 whatever the towers' precision."""
+    return tiled_loss(config.loss.name, image_BVD.float(), text_BTD.float(), temperature_3, offset_3,
+                      config.loss.supervision, batch.group_id, batch.valid, ranks=ranks,
+                      dtype=torch.bfloat16 if config.run.precision == "bf16" else None)
+
+
+def _open(config: Config, t: Training) -> Path:
+    """The run's folder as it must be before the first step → the checkpoint that stands there."""
+    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / checkpoint.CONFIG).write_text(config.to_toml())
+    if t.cursor.samples_seen:
+        say(f"resuming {folder} at {t.cursor.samples_seen:,} samples")
+        checkpoint.point_at(checkpoint.folder_of(folder, t.cursor))
+        return checkpoint.find(folder)
+    say(_introduction(config, t))
+    return _save(config, t)
 
 
 class Clock:
