@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8377
 
-.PHONY: install system demo test test-slow lint clean
+.PHONY: install simd system demo test test-slow lint clean
 
 # One virtual environment; built again when what it is made of changes.
 .venv/installed: pyproject.toml constraints.txt
@@ -12,6 +12,13 @@ PORT ?= 8377
 	touch $@
 
 install: .venv/installed
+
+# Pillow-SIMD in Pillow's place: views on the CPU at 2 × the speed. It lags Pillow's security fixes; `make install` after
+# `touch pyproject.toml` puts Pillow back. Needs a C compiler and the headers of libjpeg and zlib.
+simd: install
+	$(BIN)/pip uninstall --quiet --yes pillow
+	CC="cc -mavx2" $(BIN)/pip install --quiet --force-reinstall --no-deps --no-binary pillow-simd pillow-simd
+	$(BIN)/python -c 'import PIL; assert "post" in PIL.__version__; print("Pillow-SIMD", PIL.__version__)'
 
 # Debian packages for the page tests; tests that need them say so when they are skipped.
 system:

@@ -1,56 +1,147 @@
 """`uniclip-eval`: parse, call one function, print. Heavy imports live inside the commands."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evaluation.cli_data import data
+from pipeline.console import InputError, WorkFailed, run, say
 from pipeline.console import app as make_app
 from pipeline.console import out as console
-from pipeline.console import run, say
 
-app = make_app("Zero-shot, retrieval and reports, with intervals and provenance.")
-data = make_app("Make evaluation sets in CLIP_benchmark's WebDataset layout.")
+if TYPE_CHECKING:
+    from evaluation.evaluate import Bench
+
+app = make_app("Zero-shot, probes, retrieval, fine-tuning, comparisons and reports, with intervals and provenance.")
 app.add_typer(data, name="data")
 
-Checkpoint = Annotated[Path, typer.Argument(help="Run folder, or a folder inside its checkpoints/.")]
-Sets = Annotated[list[Path], typer.Argument(help="Set folders in CLIP_benchmark's WebDataset layout.")]
+Paths = Annotated[list[Path], typer.Argument(metavar="[CHECKPOINT] SET...", help="A run folder, or a folder inside its "
+                  "checkpoints/ (not with --open-clip), then set folders.")]
 Split = Annotated[str, typer.Option(help="Which split of the sets.")]
 Out = Annotated[Path | None, typer.Option(help="Results file; results.jsonl in the run folder when not given.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder of features; features/ beside the results when not given.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Arch = Annotated[str | None, typer.Option("--open-clip", metavar="ARCH", help="Evaluate this open_clip model instead.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights file of the open_clip model.")]
+Results = Annotated[Path | None, typer.Option(help="Results file; RUN/results.jsonl when not given.")]
 
 
 @app.command()
-def retrieval(checkpoint: Checkpoint, sets: Sets, split: Split = "test", out: Out = None,
-              device: Device = "auto") -> None:
+def retrieval(paths: Paths, split: Split = "test", out: Out = None, cache: Cache = None, device: Device = "auto",
+              open_clip: Arch = None, weights: Weights = None) -> None:
     """Recall@1, 5, 10 of captions for images and of images for captions.
 
     Example: `uniclip-eval retrieval runs/scenes-tiny demo/scenes/evalsets/retrieval`
     """
-    from evaluation.evaluate import evaluate
-
-    _show(*evaluate("retrieval", checkpoint, sets, split, device, out))
+    _task("retrieval", paths, split, out, cache, device, open_clip, weights)
 
 
 @app.command()
-def zeroshot(checkpoint: Checkpoint, sets: Sets, split: Split = "test", out: Out = None,
-             device: Device = "auto") -> None:
+def zeroshot(paths: Paths, split: Split = "test", out: Out = None, cache: Cache = None, device: Device = "auto",
+             open_clip: Arch = None, weights: Weights = None,
+             templates: Annotated[str, typer.Option(help="set, imagenet-7, imagenet-80 or name.")] = "set") -> None:
     """Accuracy of naming the class of an image from prompts alone.
 
     Example: `uniclip-eval zeroshot runs/scenes-tiny demo/scenes/evalsets/colour demo/scenes/evalsets/shape`
     """
-    from evaluation.evaluate import evaluate
+    _task("zeroshot", paths, split, out, cache, device, open_clip, weights, templates)
 
-    _show(*evaluate("zeroshot", checkpoint, sets, split, device, out))
+
+@app.command()
+def probe(paths: Paths, split: Split = "test", out: Out = None, cache: Cache = None, device: Device = "auto",
+          open_clip: Arch = None, weights: Weights = None) -> None:
+    """Accuracy of a linear classifier on frozen features (CLIP's protocol); the sets need a split `train`.
+
+    Example: `uniclip-eval probe runs/photos evalsets/clothing`
+    """
+    _task("probe", paths, split, out, cache, device, open_clip, weights)
+
+
+@app.command()
+def knn(paths: Paths, split: Split = "test", out: Out = None, cache: Cache = None, device: Device = "auto",
+        open_clip: Arch = None, weights: Weights = None) -> None:
+    """Accuracy of the 20 nearest training images' vote: seconds where the linear probe takes minutes.
+
+    Example: `uniclip-eval knn runs/photos evalsets/clothing`
+    """
+    _task("knn", paths, split, out, cache, device, open_clip, weights)
+
+
+@app.command()
+def suite(
+    paths: Annotated[list[Path], typer.Argument(metavar="[CHECKPOINT] ROOT", help="A run folder or checkpoint (not with "
+                                                "--open-clip), then the folder of all sets.")],
+    split: Split = "test", out: Out = None, cache: Cache = None, device: Device = "auto",
+    open_clip: Arch = None, weights: Weights = None,
+) -> None:
+    """Every task on every set under a folder. Stopped anywhere and begun again, it goes on where it was.
+
+    Example: `uniclip-eval suite runs/photos evalsets`
+    """
+    from evaluation.suite import suite as run_suite
+
+    bench, (root, *others) = _bench(paths, out, cache, device, open_clip, weights)
+    if others:
+        raise InputError(f"suite takes one folder of sets; {others[0]} is one too many")
+    rows, left = run_suite(bench, root, split)
+    _show(bench.out, rows)
+    if not rows:
+        raise WorkFailed(f"nothing under {root} could be measured ({len(left)} reasons above)")
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Run folder or results file of model A.")],
+    b: Annotated[Path, typer.Argument(help="Run folder or results file of model B.")],
+    every: Annotated[bool, typer.Option("--every", help="Every metric, not the main ones only.")] = False,
+) -> None:
+    """Is B better than A? A paired test on each number both have.
+
+    Example: `uniclip-eval compare runs/clip runs/uniclip`
+    """
+    from evaluation.compare import compare as run_compare
+
+    table = _table("set", "task", "metric", "A", "B", "B − A, 95 %", "p", "verdict", left=3)
+    for c in run_compare(a, b, every):
+        low, high = c.interval
+        table.add_row(c.row["dataset"], c.row["task"], c.row["metric"], f"{c.a:.1%}", f"{c.b:.1%}",
+                      f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.p:.2g}", c.verdict)
+    console.print(table)
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[Path, typer.Argument(help="Run folder, or a folder inside its checkpoints/.")],
+    folder: Annotated[Path, typer.Argument(metavar="SET", help="A classification set with splits train and test.")],
+    epochs: Annotated[int, typer.Option(min=1)] = 30,
+    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the head and the last layer.")] = 1e-3,
+    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the next.")] = 0.75,
+    mixup: Annotated[float, typer.Option(help="Mixup's α; 0 turns it off.")] = 0.1,
+    cutmix: Annotated[float, typer.Option(help="CutMix's α; 0 turns it off.")] = 0.1,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Out = None, device: Device = "auto",
+) -> None:
+    """Train the image tower and a classifier on a set, then test once. Run again, it goes on where it was stopped.
+
+    Example: `uniclip-eval finetune runs/photos evalsets/clothing --epochs 30`
+    """
+    from evaluation.finetune import Recipe
+    from evaluation.finetune import finetune as run_finetune
+
+    recipe = Recipe(epochs, batch_size, lr, layer_decay, mixup, cutmix, seed=seed)
+    bench, _ = _bench([checkpoint, folder], out, None, device, None, None)
+    _show(bench.out, run_finetune(bench, folder, recipe))
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
-    results: Annotated[Path | None, typer.Option(help="Results file; RUN/results.jsonl when not given.")] = None,
+    results: Results = None,
     out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html when not given.")] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run: loss, results with intervals, example retrievals, provenance.
+    """Write one self-contained HTML page about a run, and its tables as CSV and Markdown beside it.
 
     Example: `uniclip-eval report runs/scenes-tiny`
     """
@@ -59,34 +150,67 @@ def report(
     say(f"report {write(folder, results, out)}")
 
 
-@data.command("retrieval")
-def data_retrieval(
-    index: Annotated[Path, typer.Argument(help="Folder of an index made by `uniclip-data index`.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the set to write.")],
-    split: Split = "test",
-) -> None:
-    """Turn indexed shards into a retrieval set: every image with all its captions.
+@app.command("clip-benchmark", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
+                                                 "help_option_names": ["--help"]})
+def clip_benchmark(context: typer.Context) -> None:
+    """Run the unmodified CLIP_benchmark on a checkpoint of ours: all that follows is for its own command line.
 
-    Example: `uniclip-eval data retrieval flickr8k/shards evalsets/flickr8k`
+    Example: `uniclip-eval clip-benchmark eval --pretrained runs/photos --dataset wds/colour --dataset_root evalsets/colour
+    --no_amp --num_workers 1 --output colour.json`
     """
-    from evaluation.datasets import from_index
+    from evaluation.bridge import clip_benchmark as run_it
 
-    say(f"{out}/{split}: {from_index(index, out, split):,} images")
+    run_it(context.args)
+
+
+def _bench(paths: list[Path], out: Path | None, cache: Path | None, device: str, open_clip: str | None,
+           weights: Path | None) -> "tuple[Bench, list[Path]]":
+    """The model with its files, and the paths that are not the model's."""
+    from evaluation.evaluate import Bench
+    from evaluation.subject import checkpoint_subject, open_clip_subject
+
+    if (open_clip is None) != (weights is None):
+        raise InputError("--open-clip ARCH and --weights FILE go together")
+    if len(paths) < (1 if open_clip else 2):
+        raise InputError("give a checkpoint and at least one set" if not open_clip else "give at least one set")
+    if open_clip and weights:
+        return Bench.of(open_clip_subject(open_clip, weights, device), out, cache), paths
+    return Bench.of(checkpoint_subject(paths[0], device), out, cache), paths[1:]
+
+
+def _task(task: str, paths: list[Path], split: str, out: Path | None, cache: Path | None, device: str,
+          open_clip: str | None, weights: Path | None, templates: str = "set") -> None:
+    from evaluation.evaluate import evaluate, planned
+
+    for folder in paths if open_clip else paths[1:]:
+        planned(task, folder, split, templates)  # a wrong set is told before a model is loaded
+    bench, folders = _bench(paths, out, cache, device, open_clip, weights)
+    _show(bench.out, evaluate(task, bench, folders, split, templates))
+
+
+def _table(*columns: str, left: int):
+    """A plain table whose first `left` columns are text."""
+    from rich.table import Table
+
+    table = Table(*columns, box=None)
+    for column in table.columns[left:]:
+        column.justify = "right"
+    return table
 
 
 def _show(path: Path, rows: list[dict]) -> None:
-    """The rows as a small table."""
+    """The rows as a small table, and every alarm."""
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table("set", "metric", "value", "95 % interval", "chance", "n", box=None)
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = _table("set", "metric", "value", "95 % interval", "chance", "n", left=2)
     for row in rows:
         low, high = row["interval"]
-        table.add_row(escape(row["dataset"]), row["metric"], f"{row['value']:.1%}", f"{low:.1%} – {high:.1%}",
+        task = f" ({row['task']})" if row["task"] in ("probe", "knn", "finetune") else ""
+        table.add_row(escape(row["dataset"]) + task, row["metric"], f"{row['value']:.1%}", f"{low:.1%} – {high:.1%}",
                       f"{row['chance']:.1%}", f"{row['n']:,}", style="bold" if row["main_metric"] else "")
     console.print(table)
+    for dataset, alarm in dict.fromkeys((row["dataset"], row["alarm"]) for row in rows if row.get("alarm")):
+        console.print(f"ALARM {escape(dataset)}: {escape(alarm)}", style="bold red")
     say(f"results {path}")
 
 

@@ -1,13 +1,12 @@
 """Pictures and texts → embeddings, in batches of one fixed size.
 
 A matrix product of another height may round differently, so the last batch is filled up with zeros: an embedding
-does not depend on how many others were asked for. B = batch, N items, D embedding, W width of f_I.
+does not depend on how many others were asked for. B = batch, N items, L tokens, D embedding, W width of f_I.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,35 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.console import InputError, WorkFailed, track
+from evaluation.subject import Subject
+from pipeline.console import WorkFailed, track
 from pipeline.evalsets import EvalSet, Target
 from pipeline.images import Undecodable
-from pipeline.replay import eval_view
-from trainer.checkpoint import Loaded
 
 IMAGE_BATCH, TEXT_BATCH = 64, 256
+LENGTHS = (12, 16, 24, 32, 48)  # texts are encoded at the first of these they fit in, or at full length
 
 Example = tuple[Path, str, bytes, Target]  # shard, key, encoded image, label or captions
-
-# z is what is compared with texts (seen through the identity vector); h is f_I's feature, for probes.
-FEATURES: dict[str, Callable[[Loaded], Callable[[Tensor], Tensor]]] = {
-    "z": lambda loaded: loaded.model.encode_image,
-    "h": lambda loaded: loaded.model.image_features,
-}
-
-
-def pick_device(name: str) -> str:
-    """"auto" is CUDA where there is a GPU. Raises InputError for a CUDA device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}, but torch sees no CUDA device: use --device cpu or auto")
-    return name
-
-
-def transform_name(image_size: int) -> str:
-    """What is done to a picture, as the result rows say it."""
-    return f"central square, bicubic {image_size} px, CLIP mean and std, identity vector, fp32"
 
 
 def placed(evalset: EvalSet) -> Iterator[Example]:
@@ -53,10 +32,10 @@ def placed(evalset: EvalSet) -> Iterator[Example]:
             yield shard, key, image, target
 
 
-def _pixels(example: Example, size: int) -> np.ndarray:
+def _pixels(subject: Subject, example: Example) -> np.ndarray:
     shard, key, image, _ = example
     try:
-        return eval_view(image, size)
+        return subject.view(image)
     except Undecodable as error:
         raise WorkFailed(f"{shard}, key {key}: the image cannot be decoded ({error}); repair the set or remove it") \
             from None
@@ -69,28 +48,51 @@ def _batches(items: Iterable, size: int) -> Iterator[list]:
 
 
 @torch.inference_mode()
-def _fixed(encode: Callable[[Tensor], Tensor], items_NX: np.ndarray, size: int, device: torch.device) -> Tensor:
+def _fixed(encode: Callable[[Tensor], tuple[Tensor, ...]], items_NX: np.ndarray, size: int,
+           device: torch.device) -> list[np.ndarray]:
     """Encode at most `size` items as a batch of exactly `size`."""
     padded_BX = np.zeros((size, *items_NX.shape[1:]), items_NX.dtype)
     padded_BX[:len(items_NX)] = items_NX
-    return encode(torch.from_numpy(padded_BX).to(device))[:len(items_NX)].float().cpu()
+    return [x[:len(items_NX)].float().cpu().numpy() for x in encode(torch.from_numpy(padded_BX).to(device))]
 
 
-def _device(loaded: Loaded) -> torch.device:
-    return next(loaded.model.parameters()).device
+def embed_images(subject: Subject, examples: Iterable[Example]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield h (n, W) and z (n, D) of one batch after another, not normalised, fp32.
 
-
-def embed_images(loaded: Loaded, examples: Iterable[Example], feature: str = "z") -> Tensor:
-    """(N, D) "z", or (N, W) "h", not normalised, fp32 on the CPU. Raises WorkFailed naming shard and key."""
-    encode, device = FEATURES[feature](loaded), _device(loaded)
-    view = partial(_pixels, size=loaded.image_size)
+    Raises WorkFailed naming shard and key of an image that cannot be decoded.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        batches = (np.stack(list(pool.map(view, batch))) for batch in _batches(examples, IMAGE_BATCH))
-        return torch.cat([_fixed(encode, batch, IMAGE_BATCH, device) for batch in track(batches, "embedding images")])
+        for batch in track(_batches(examples, IMAGE_BATCH), "embedding images"):
+            pixels_BCHW = np.stack(list(pool.map(lambda example: _pixels(subject, example), batch)))
+            h_BW, z_BD = _fixed(subject.encode_image, pixels_BCHW, IMAGE_BATCH, subject.device)
+            yield h_BW, z_BD
 
 
-def embed_texts(loaded: Loaded, texts: list[str]) -> Tensor:
-    """(N, D) embeddings of captions or prompts, not normalised, fp32 on the CPU."""
-    device, batches = _device(loaded), list(_batches(texts, TEXT_BATCH))
-    return torch.cat([_fixed(loaded.model.encode_text, loaded.tokenizer(batch), TEXT_BATCH, device)
-                      for batch in track(batches, "embedding texts")])
+def embed_texts(subject: Subject, texts: list[str]) -> Tensor:
+    """(N, D) embeddings of captions or prompts, not normalised, fp32 on the CPU.
+
+    Short texts are encoded without the padding they do not need, in batches of equal length. The length depends on
+    the text alone, so an embedding does not depend on its company.
+    """
+    token_NL = np.concatenate([subject.tokenize(batch) for batch in _batches(texts, 16 * TEXT_BATCH)])
+    length_N = _lengths(token_NL, subject)
+    found: np.ndarray | None = None
+    for length in track(np.unique(length_N).tolist(), "embedding texts"):
+        at_n = np.flatnonzero(length_N == length)
+        for begin in range(0, len(at_n), TEXT_BATCH):
+            rows = at_n[begin:begin + TEXT_BATCH]
+            z_BD, = _fixed(lambda token_BL: (subject.encode_text(token_BL),), token_NL[rows, :length], TEXT_BATCH,
+                           subject.device)
+            found = np.empty((len(texts), z_BD.shape[1]), np.float32) if found is None else found
+            found[rows] = z_BD
+    return torch.from_numpy(found)
+
+
+def _lengths(token_NL: np.ndarray, subject: Subject) -> np.ndarray:
+    """How many columns each text is encoded with."""
+    full = token_NL.shape[1]
+    if not subject.trims:
+        return np.full(len(token_NL), full)
+    used_N = full - np.argmax(token_NL[:, ::-1] != subject.padding, axis=1)
+    steps = np.array([*(length for length in LENGTHS if length < full), full])
+    return steps[np.searchsorted(steps, used_N)]

@@ -1,87 +1,105 @@
-"""One task on several sets: what is finished is skipped, what is new becomes rows."""
+"""Tasks on sets: what is finished is skipped, what is new becomes rows."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from evaluation import examples, retrieval, zeroshot
-from evaluation.embed import pick_device, transform_name
-from evaluation.prompts import prompts_sha256
-from evaluation.results import Measured, Provenance, Row, append_rows, read_rows, versions
+from evaluation import examples, outcomes, probe, retrieval, zeroshot
+from evaluation.cache import Cache
+from evaluation.prompts import OWN
+from evaluation.results import Provenance, Row, append_rows, read_rows, versions
+from evaluation.subject import Subject
+from evaluation.task import Finding, Job, Plan
 from pipeline.console import InputError, say
 from pipeline.evalsets import CLASSIFICATION, RETRIEVAL, EvalSet, open_evalset
-from trainer.checkpoint import Loaded, load_model
 
-SEED = 0  # of the bootstrap and of the choice of examples
-RESULTS = "results.jsonl"
-
-
-def _measure_retrieval(loaded: Loaded, evalset: EvalSet) -> tuple[list[Measured], dict]:
-    pairs = retrieval.embed_pairs(loaded, evalset)
-    return retrieval.measure(pairs, SEED), examples.collect(pairs, evalset, SEED)
-
-
-def _measure_zeroshot(loaded: Loaded, evalset: EvalSet) -> tuple[list[Measured], dict]:
-    return zeroshot.measure(loaded, evalset, SEED), {}
+SEED = 0  # of the bootstrap, of held-out images and of the choice of examples
+RESULTS, FEATURES = "results.jsonl", "features"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task needs of a set, and how it is measured → numbers, and examples for the report if it has any."""
+    """The kind of set it is for; what it will depend on, checked before anything is computed; the measurement."""
 
     kind: str
-    check: Callable[[EvalSet], None]
-    prompts: Callable[[EvalSet], str | None]
-    measure: Callable[[Loaded, EvalSet], tuple[list[Measured], dict]]
+    plan: Callable[[EvalSet, Path, str], Plan]
+    measure: Callable[[Job], Finding]
 
 
 TASKS = {
-    "retrieval": Task(RETRIEVAL, lambda evalset: None, lambda evalset: None, _measure_retrieval),
-    "zeroshot": Task(CLASSIFICATION, zeroshot.check,
-                     lambda evalset: prompts_sha256(evalset.classnames, evalset.templates), _measure_zeroshot),
+    "zeroshot": Task(CLASSIFICATION, zeroshot.plan, zeroshot.measure),
+    "retrieval": Task(RETRIEVAL, retrieval.plan, retrieval.measure),
+    "probe": Task(CLASSIFICATION, probe.plan_linear, probe.measure_linear),
+    "knn": Task(CLASSIFICATION, probe.plan_neighbours, probe.measure_neighbours),
 }
 
 
-def evaluate(task: str, checkpoint: Path, folders: Sequence[Path], split: str, device: str,
-             out: Path | None) -> tuple[Path, list[Row]]:
-    """Measure what `out` (RUN/results.jsonl when None) does not hold yet → its path and the rows of these sets.
+@dataclass(frozen=True)
+class Bench:
+    """A model with the file its results go to and the cache of its features."""
 
-    Raises InputError for a wrong set or checkpoint before anything is measured, WorkFailed for an unreadable image.
+    subject: Subject
+    out: Path
+    cache: Cache
+
+    @classmethod
+    def of(cls, subject: Subject, out: Path | None = None, cache: Path | None = None) -> "Bench":
+        """Results in the run's folder and features beside the results, unless told otherwise."""
+        out = out or subject.home / RESULTS
+        return cls(subject, out, Cache(cache or out.parent / FEATURES))
+
+
+def evaluate(task: str, bench: Bench, folders: Sequence[Path], split: str = "test", templates: str = OWN) -> list[Row]:
+    """Measure what the results file does not hold yet → the rows of these sets.
+
+    Raises InputError for a wrong set before anything is measured, WorkFailed for an unreadable image.
     """
-    evalsets = [_open(task, folder, split) for folder in folders]
-    loaded = load_model(checkpoint, pick_device(device))
-    out = out or loaded.run / RESULTS
-    rows = []
-    for evalset in evalsets:
-        provenance = Provenance(evalset.name, split, task, loaded.weights_sha256, evalset.manifest_sha256,
-                                TASKS[task].prompts(evalset), transform_name(loaded.image_size))
-        finished = [row for row in read_rows(out) if provenance.fits(row)]
-        if finished:
-            say(f"{evalset.name} ({split}): finished on {finished[0].get('created')}, skipped")
-        rows += finished or _measure(task, loaded, evalset, provenance, out)
-    return out, rows
+    plans = [planned(task, folder, split, templates) for folder in folders]
+    return [row for plan in plans for row in perform(task, bench, plan)]
 
 
-def _open(task: str, folder: Path, split: str) -> EvalSet:
+def planned(task: str, folder: Path, split: str, templates: str = OWN) -> Plan:
+    """What a task on a set will depend on. Raises InputError for a set of another kind or a wrong layout."""
     evalset = open_evalset(folder, split)
     if evalset.kind != TASKS[task].kind:
         other = next(name for name, known in TASKS.items() if known.kind == evalset.kind)
         raise InputError(f"evaluation set {folder} is of kind {evalset.kind}: use `uniclip-eval {other}`")
-    TASKS[task].check(evalset)
-    return evalset
+    return TASKS[task].plan(evalset, folder, templates)
 
 
-def _measure(task: str, loaded: Loaded, evalset: EvalSet, provenance: Provenance, out: Path) -> list[Row]:
-    """Measure one set and store its rows together, so that a set is either finished or not begun."""
+def perform(task: str, bench: Bench, plan: Plan) -> list[Row]:
+    """The rows of one task on one set, measured unless the results file has them."""
+    return record(task, bench, plan, TASKS[task].measure)
+
+
+def record(task: str, bench: Bench, plan: Plan, measure: Callable[[Job], Finding]) -> list[Row]:
+    """The rows the results file has for this model, plan and task; else those of `measure`, then stored."""
+    evalset, subject = plan.splits["test"], bench.subject
+    provenance = Provenance(evalset.name, evalset.split, task, subject.weights_sha256, plan.data_sha256,
+                            plan.prompts_sha256, subject.transform, plan.protocol)
+    finished = [row for row in read_rows(bench.out) if provenance.fits(row)]
+    if finished:
+        say(f"{evalset.name} ({evalset.split}), {task}: finished on {finished[0].get('created')}, skipped")
+        return finished
+    key = hashlib.sha256(json.dumps(asdict(provenance)).encode()).hexdigest()[:32]
     begin = time.perf_counter()
-    measured, shown = TASKS[task].measure(loaded, evalset)
-    common = {"versions": versions(), "seed": SEED, "checkpoint": loaded.folder.name,
-              "seconds": round(time.perf_counter() - begin, 2),
+    found = measure(Job(subject, plan, bench.cache, SEED, bench.out.parent / task / key))
+    return _store(bench, provenance, found, key, time.perf_counter() - begin)
+
+
+def _store(bench: Bench, provenance: Provenance, found: Finding, key: str, seconds: float) -> list[Row]:
+    """Rows go last and in one write, so that a set is either finished or not begun."""
+    kept = bench.out.with_suffix(".outcomes") / f"{key}.npz"
+    common = {"outcomes": f"{kept.parent.name}/{kept.name}", "details": found.details, "alarm": found.alarm,
+              "versions": versions(), "seed": SEED, "checkpoint": bench.subject.name, "seconds": round(seconds, 2),
               "created": datetime.now(UTC).isoformat(timespec="seconds")}
-    rows = [asdict(provenance) | asdict(number) | common for number in measured]
-    if shown:
-        examples.store(out, {name: rows[0][name] for name in ("dataset", "split", "weights_sha256")} | shown)
-    append_rows(out, rows)
+    rows = [asdict(provenance) | asdict(number) | common for number in found.measured]
+    outcomes.store(kept, found.ranks)
+    if found.examples:
+        examples.store(bench.out, {name: rows[0][name] for name in ("dataset", "split", "weights_sha256")} | found.examples)
+    append_rows(bench.out, rows)
     return rows

@@ -1,4 +1,7 @@
-"""A few queries with what the model found for them, thumbnails inside, kept beside the results for the report."""
+"""A few queries with what the model found for them, thumbnails inside, kept beside the results for the report.
+
+Some are drawn at random, some are the extremes. N images, T captions, C classes, D embedding, Q queries.
+"""
 
 import base64
 import io
@@ -7,45 +10,82 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.embed import placed
-from evaluation.retrieval import Pairs
+from evaluation.outcomes import Ranks
+from evaluation.task import Pairs
 from pipeline.evalsets import EvalSet
 from pipeline.files import write_json
 from pipeline.images import upright_rgb
+from trainer.metrics import nearest
 
-QUERIES, CAPTIONS_FOUND, IMAGES_FOUND = 6, 3, 5
+QUERIES, CAPTIONS_FOUND, IMAGES_FOUND, EXTREMES = 6, 3, 5, 4
 THUMBNAIL = 144  # pixels
 
+Entry = dict[str, Any]
 
-def collect(pairs: Pairs, evalset: EvalSet, seed: int) -> dict[str, Any]:
-    """QUERIES images with their nearest captions and QUERIES captions with their nearest images, drawn at random."""
+
+def of_pairs(pairs: Pairs, ranks: Ranks, evalset: EvalSet, seed: int) -> Entry:
+    """QUERIES images with their nearest captions and captions with their nearest images, drawn at random; and the
+    images whose own captions came first most clearly, and last."""
     rng = np.random.default_rng(seed)
-    images = rng.permutation(len(pairs.image_ND))[:QUERIES]
-    texts = rng.permutation(len(pairs.captions))[:QUERIES]
-    texts_found = _nearest(pairs.image_ND[images], pairs.text_TD, CAPTIONS_FOUND)
-    images_found = _nearest(pairs.text_TD[texts], pairs.image_ND, IMAGES_FOUND)
-    pictures = _thumbnails(evalset, {*images.tolist(), *np.ravel(images_found).tolist()})
-    owner = pairs.image_of_text_T
+    drawn = rng.permutation(len(pairs.image_ND))[:QUERIES].tolist()
+    texts = rng.permutation(len(pairs.captions))[:QUERIES].tolist()
+    rank_N = ranks["image"][0]
+    best, worst = _extremes(np.where(rank_N == 0, _cosine_margin(pairs), -rank_N), rank_N == 0)
+    queries = [*drawn, *best, *worst]
+    texts_found = dict(zip(queries, nearest(pairs.image_ND[queries], pairs.text_TD, CAPTIONS_FOUND).tolist(), strict=True))
+    images_found = nearest(pairs.text_TD[texts], pairs.image_ND, IMAGES_FOUND).tolist()
+    pictures = _thumbnails(evalset, {*queries, *np.ravel(images_found).tolist()})
 
-    def image_query(i: int, found: list[int]) -> dict[str, Any]:
-        missed = [] if i in owner[found] else [pairs.captions[t] for t in np.flatnonzero(owner == i)]
-        return {"picture": pictures[i], "own": missed,
-                "found": [{"text": pairs.captions[t], "right": bool(owner[t] == i)} for t in found]}
+    def image_query(i: int) -> Entry:
+        return {"picture": pictures[i], **_captions_found(pairs, i, texts_found[i])}
 
-    def text_query(t: int, found: list[int]) -> dict[str, Any]:
+    def text_query(t: int, found: list[int]) -> Entry:
         return {"text": pairs.captions[t],
-                "found": [{"picture": pictures[i], "right": bool(owner[t] == i)} for i in found]}
+                "found": [{"picture": pictures[i], "right": bool(pairs.image_of_text_T[t] == i)} for i in found]}
 
-    return {"images": list(map(image_query, images.tolist(), texts_found)),
-            "captions": list(map(text_query, texts.tolist(), images_found))}
+    return {"images": list(map(image_query, drawn)), "captions": list(map(text_query, texts, images_found)),
+            "best": list(map(image_query, best)), "worst": list(map(image_query, worst))}
 
 
-def _nearest(query_QD: torch.Tensor, candidate_CD: torch.Tensor, k: int) -> list[list[int]]:
-    scores_QC = F.normalize(query_QD, dim=-1) @ F.normalize(candidate_CD, dim=-1).T
-    return scores_QC.topk(min(k, len(candidate_CD)), dim=1).indices.tolist()
+def _captions_found(pairs: Pairs, i: int, found: list[int]) -> Entry:
+    owner = pairs.image_of_text_T
+    missed = [] if i in owner[found] else [pairs.captions[t] for t in np.flatnonzero(owner == i)]
+    return {"own": missed, "found": [{"text": pairs.captions[t], "right": bool(owner[t] == i)} for t in found]}
+
+
+def _cosine_margin(pairs: Pairs) -> np.ndarray:
+    """(N,) how far each image's nearest caption is ahead of its second nearest."""
+    pair_N2 = nearest(pairs.image_ND, pairs.text_TD, 2)
+    image_ND, text_TD = F.normalize(pairs.image_ND, dim=-1), F.normalize(pairs.text_TD, dim=-1)
+    first, last = pair_N2[:, 0], pair_N2[:, -1]
+    return ((text_TD[first] - text_TD[last]) * image_ND).sum(dim=-1).numpy()
+
+
+def _extremes(score_N: np.ndarray, right_N: np.ndarray) -> tuple[list[int], list[int]]:
+    """The EXTREMES best of those that are right, the EXTREMES worst of those that are not."""
+    order = np.argsort(-score_N, kind="stable")
+    return order[right_N[order]][:EXTREMES].tolist(), order[~right_N[order]][::-1][:EXTREMES].tolist()
+
+
+def of_classes(z_ND: Tensor, class_CD: Tensor, label_N: np.ndarray, said_N: np.ndarray, evalset: EvalSet) -> Entry:
+    """The surest right and the surest wrong answers of a classifier."""
+    score_N = F.normalize(z_ND, dim=-1)
+    others = nearest(z_ND, class_CD, 2)[:, -1]
+    right_N = label_N == said_N
+    rival_N = np.where(right_N, others, said_N)
+    margin_N = ((class_CD[label_N] - class_CD[rival_N]) * score_N).sum(dim=-1).numpy()
+    best, worst = _extremes(margin_N, right_N)
+    pictures = _thumbnails(evalset, {*best, *worst})
+
+    def answer(i: int) -> Entry:
+        return {"picture": pictures[i], "said": evalset.classnames[said_N[i]],
+                "label": evalset.classnames[label_N[i]]}
+
+    return {"classes": {"best": list(map(answer, best)), "worst": list(map(answer, worst))}}
 
 
 def _thumbnails(evalset: EvalSet, wanted: set[int]) -> dict[int, str]:
@@ -66,14 +106,14 @@ def path_beside(results: Path) -> Path:
     return results.with_suffix(".examples.json")
 
 
-def read(results: Path) -> list[dict[str, Any]]:
+def read(results: Path) -> list[Entry]:
     """The stored entries, one a set and split; none when the file is absent or is no list."""
     path = path_beside(results)
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return stored if isinstance(stored, list) else []
 
 
-def store(results: Path, entry: dict[str, Any]) -> None:
+def store(results: Path, entry: Entry) -> None:
     """Add an entry; one of the same dataset, split and weights is replaced."""
     same = ("dataset", "split", "weights_sha256")
     others = [old for old in read(results) if any(old.get(name) != entry[name] for name in same)]

@@ -29,7 +29,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a number was computed from. Two rows of equal provenance and metric are the same measurement."""
+    """What a number was computed from. Two rows of equal provenance and metric are the same measurement.
+
+    protocol: the variant of the task that was run, such as which templates.
+    """
 
     dataset: str
     split: str
@@ -38,9 +41,10 @@ class Provenance:
     data_sha256: str
     prompts_sha256: str | None
     transform: str
+    protocol: str
 
     def fits(self, row: Row) -> bool:
-        """Whether `row` was measured on the same weights, data, prompts and transform."""
+        """Whether `row` was measured on the same weights, data, prompts and transform, by the same protocol."""
         return all(row.get(name) == value for name, value in asdict(self).items())
 
 
@@ -57,11 +61,13 @@ def versions() -> dict[str, str]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a results file, none when it is absent. Raises InputError naming the line that is not one."""
-    if not path.exists():
-        return []
+    """The rows of a results file, none when it is absent; a last line torn by a kill is left out.
+
+    Raises InputError naming a line that is no row.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows.append(row | {"value": float(row["value"]), "metric": str(row["metric"])})
@@ -71,7 +77,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows in one write, so that evaluations running side by side can share a file."""
+    """Add rows in one write, so that evaluations running side by side can share a file; a torn last line goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with path.open("a+b", buffering=0) as file:
+        file.seek(0)
+        written = file.read()
+        if not written.endswith(b"\n") and written:
+            file.truncate(written.rfind(b"\n") + 1)
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

@@ -5,11 +5,18 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli_audit import COMMANDS
 from pipeline.cli_urls import urls
 from pipeline.console import app as make_app
 from pipeline.console import run, say
 
 app = make_app("URL list → WebDataset shards → index, and what can be seen of them.")
+
+Processes = Annotated[int | None, typer.Option(min=1, help="Shards at a time. [one for each core]")]
+Threads = Annotated[int, typer.Option(min=1, help="Fetches at a time in each process.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds without a byte; at most 4 × this in all.")]
+Retries = Annotated[int, typer.Option(min=0, help="Further tries when a failure may pass.")]
+Distributor = Annotated[str, typer.Option(help="processes, ray, spark or inline; all machines must see OUT.")]
 
 
 @app.command()
@@ -38,15 +45,18 @@ app.add_typer(urls, name="urls")
 @app.command()
 def download(
     urls: Annotated[Path, typer.Argument(metavar="URLS.parquet", help="Written by `uniclip-data urls`.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the shards; run again to go on after a stop.")],
+    out: Annotated[str, typer.Argument(help="Folder or fsspec URL for the shards; run again to go on after a stop.")],
     image_size: Annotated[int, typer.Option(min=1, help="Longest that the shorter side may be, in pixels.")] = 256,
     shard_size: Annotated[int, typer.Option(min=1, help="URLs in a shard.")] = 1000,
-    processes: Annotated[int | None, typer.Option(min=1, help="[one for each core]")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Fetches at a time in each process.")] = 32,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a byte; at most 4 × this in all.")] = 10,
-    retries: Annotated[int, typer.Option(min=0, help="Further tries when a failure may pass.")] = 1,
+    processes: Processes = None,
+    threads: Threads = 32,
+    timeout: Timeout = 10,
+    retries: Retries = 1,
     allow_address: Annotated[list[str] | None, typer.Option(help="Also fetch from this address or CIDR.")] = None,
-    user_agent: Annotated[str | None, typer.Option(help="How to introduce ourselves to servers.")] = None,
+    user_agent: Annotated[str | None, typer.Option(help="How to introduce ourselves to servers; name a contact.")] = None,
+    format: Annotated[str, typer.Option(help="Images are stored as jpg or webp.")] = "jpg",
+    robots: Annotated[bool, typer.Option("--robots", help="Also obey each site's robots.txt.")] = False,
+    distributor: Distributor = "processes",
 ) -> None:
     """Fetch the URLs into WebDataset shards with img2dataset, under rules of what may be fetched.
 
@@ -59,10 +69,41 @@ def download(
     from pipeline.download import download as run_download
     from pipeline.fetch import USER_AGENT
 
-    options = Options(image_size, shard_size, processes, threads, timeout, retries,
-                      tuple(allow_address or ()), user_agent or USER_AGENT)
+    options = Options(image_size, shard_size, processes, threads, timeout, retries, tuple(allow_address or ()),
+                      user_agent or USER_AGENT, format, robots, distributor)
     for line in run_download(urls, out, options, shlex.join(sys.argv)).lines():
         say(line)
+
+
+@app.command()
+def retry(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `download` wrote.")],
+    processes: Processes = None,
+    threads: Threads = 32,
+    timeout: Timeout = 10,
+    retries: Retries = 1,
+    distributor: Distributor = "processes",
+) -> None:
+    """Fetch again what failed for a reason that may have passed: timeouts, DNS, 5xx. Into additional shards, DIR/retry1 …
+
+    Never what opted out, was not found, was refused or is forgotten. Run `index` again afterwards.
+
+    Example: `uniclip-data retry shards --timeout 30`
+    """
+    import shlex
+    import sys
+
+    from pipeline.retry import retry as run_retry
+
+    done = run_retry(folder, {"processes": processes, "threads": threads, "timeout": timeout, "retries": retries,
+                              "distributor": distributor}, shlex.join(sys.argv))
+    if done is None:
+        say("nothing to retry: no failure may heal")
+        return
+    where, report = done
+    for line in report.lines():
+        say(line)
+    say(f"{report.stored:>12,}  of {report.rows:,} healed, in {where}")
 
 
 @app.command()
@@ -84,6 +125,31 @@ def index(
         if count:
             say(f"{count:>12,}  {what}")
     say(f"{counts['samples']:>12,}  samples in {folder}/index.arrow")
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="Folder for the merged index; the shards stay where they are.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="DIR[=WEIGHT]...", help="Indexes to unite, as shards/cc3m=2.")],
+) -> None:
+    """Unite indexes into one; equal ids become one sample with all captions. Weights go into its manifest.
+
+    Example: `uniclip-data merge open30m shards/cc3m=2 shards/cc12m shards/yfcc15m`
+    """
+    import shlex
+    import sys
+
+    from pipeline.merging import merge as run_merge
+    from pipeline.merging import parse_input
+
+    manifest = run_merge(out, [parse_input(text) for text in inputs], shlex.join(sys.argv))
+    counts = manifest["counts"]
+    for what, count in {"merged (equal sample id)": counts["merged"], **counts["excluded"]}.items():
+        if count:
+            say(f"{count:>12,}  {what}")
+    say(f"{counts['samples']:>12,}  samples in {out}/index.arrow")
+    if any(weight != 1 for weight in manifest["weights"].values()):
+        say("weights: " + ", ".join(f"{source} {weight:g}" for source, weight in manifest["weights"].items()))
 
 
 @app.command()
@@ -143,6 +209,10 @@ def bench(
 
     for line in run_bench(Index.open(index), recipe, size, samples, rounds, out):
         say(line)
+
+
+for audit in COMMANDS:
+    app.command()(audit)
 
 
 def main() -> None:

@@ -1,31 +1,35 @@
 """img2dataset, run to completion: our fetch policy in its workers, resume by whole shards, every URL accounted for."""
 
 import fcntl
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.console import InputError, WorkFailed, existing
+from pipeline.distributors import DISTRIBUTORS, distributor
 from pipeline.fetch import USER_AGENT, Policy, networks
-from pipeline.files import sha256_of, write_json
-from pipeline.processes import in_processes
+from pipeline.files import sha256_of
 from pipeline.progress import Meter
 from pipeline.schema import URLS
+from pipeline.skips import forgotten_ids
+from pipeline.stores import Store
 from pipeline.survival import Report, account, shard_files, so_far
 
 # What img2dataset copies into each sample's .json, beside sizes and the original's sha256; `caption` is its .txt.
-COLUMNS = ("sample_id", "captions", "source", "caption", "url")
-_REPORT, _SETTINGS, _SCRATCH = "download.json", "settings.json", "_tmp"
+COLUMNS = ("sample_id", "captions", "source", "source_row", "caption", "url")
+FORMATS = ("jpg", "webp")
+REPORT, SETTINGS = "download.json", "settings.json"
+_SCRATCH = "_tmp"
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,28 @@ class Options:
     retries: int = 1
     allow_address: tuple[str, ...] = ()
     user_agent: str = USER_AGENT
+    format: str = "jpg"
+    robots: bool = False
+    distributor: str = "processes"
 
     def binding(self) -> dict:
         """The options that decide what is stored; the others only decide how fast, and may change on resume."""
         return {"image_size": self.image_size, "shard_size": self.shard_size,
-                "allow_address": sorted(self.allow_address), "user_agent": self.user_agent}
+                "allow_address": sorted(self.allow_address), "user_agent": self.user_agent,
+                "format": self.format, "robots": self.robots}
 
     def policy(self) -> Policy:
         return Policy(timeout=self.timeout, deadline=4 * self.timeout, allow=self.allow_address,
                       user_agent=self.user_agent)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard's rows as an Arrow file, and those of its URLs that must not be asked for."""
+
+    shard: int
+    rows: bytes
+    forgotten: frozenset[str]
 
 
 def _table(urls: Path) -> pq.ParquetFile:
@@ -65,17 +82,18 @@ def _table(urls: Path) -> pq.ParquetFile:
     return table
 
 
-def _tasks(table: pq.ParquetFile, size: int, done: set[int], scratch: Path) -> Iterator[tuple[int, str]]:
-    """(shard number, Arrow file with its rows), written as they are asked for."""
+def _tasks(table: pq.ParquetFile, size: int, done: set[int], forgotten: np.ndarray) -> Iterator[Task]:
+    """The shards that are not done, made as they are asked for."""
     for shard, rows in enumerate(_slices(table, size)):
         if shard in done:
             continue
+        gone = rows.filter(pa.array(np.isin(rows["sample_id"].to_numpy(), forgotten)))
         first = pa.array([captions[0] if captions else "" for captions in rows["captions"].to_pylist()], pa.string())
         rows = rows.append_column("caption", first).select(list(COLUMNS))
-        path = scratch / f"{shard}.arrow"
-        with pa.ipc.new_file(path, rows.schema) as writer:
-            writer.write_table(rows)
-        yield shard, str(path)
+        with pa.BufferOutputStream() as sink:
+            with pa.ipc.new_file(sink, rows.schema) as writer:
+                writer.write_table(rows)
+            yield Task(shard, sink.getvalue().to_pybytes(), frozenset(gone["url"].to_pylist()))
 
 
 def _slices(table: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
@@ -90,15 +108,15 @@ def _slices(table: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
         yield rest
 
 
-def _bind(out: Path, settings: dict) -> None:
+def _bind(out: Store, settings: dict) -> None:
     """Keep the settings beside the shards; on resume refuse others. Raises InputError with the field named."""
-    path = out / _SETTINGS
-    if not path.exists():
-        if tar := next(out.glob("*.tar"), None):
-            raise InputError(f"{tar} was not downloaded by this command: choose another folder")
-        write_json(path, settings)
+    names = out.names()
+    if SETTINGS not in names:
+        if tar := next((name for name in sorted(names) if name.endswith(".tar")), None):
+            raise InputError(f"{out}/{tar} was not downloaded by this command: choose another folder")
+        out.write_json(SETTINGS, settings)
         return
-    before = json.loads(path.read_text())
+    before = {**Options().binding(), **out.read_json(SETTINGS)}
     for name, value in settings.items():
         if before.get(name) != value:
             raise InputError(f"{out} was begun with {name} = {before.get(name)!r}, now it is {value!r}: "
@@ -115,88 +133,102 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _finished(out: Path, shards: int) -> set[int]:
+def _finished(out: Store, shards: int) -> set[int]:
     """Numbers of the shards that are whole. What a killed run left of others is removed."""
-    shutil.rmtree(out / _SCRATCH, ignore_errors=True)
-    whole = set()
+    if out.local:
+        shutil.rmtree(out.local / _SCRATCH, ignore_errors=True)
+    whole, names = set(), out.names()
     for shard in range(shards):
-        paths = shard_files(out, shard)
-        if all(path.exists() for path in paths):
+        files = shard_files(shard)
+        if names.issuperset(files):
             whole.add(shard)
             continue
-        for path in paths:
-            path.unlink(missing_ok=True)
+        for name in names.intersection(files):
+            out.remove(name)
     return whole
 
 
-def _in_worker(options: Options, scratch: Path, final: Path, task: tuple[int, str]) -> int:
+def _in_worker(options: Options, out: str, scratch: str | None, task: Task) -> int:
     from pipeline.workers import download_shard  # brings img2dataset, which the parent can do without
 
-    return download_shard(options, scratch, final, task)
+    return download_shard(options, Store(out), scratch, task)
 
 
-def _run(table: pq.ParquetFile, out: Path, options: Options, done: set[int]) -> None:
+def _run(table: pq.ParquetFile, out: Store, options: Options, done: set[int]) -> None:
     """Download the shards that are not done."""
-    scratch = out / _SCRATCH / str(os.getpid())  # its own name, so that a dying worker of an earlier run cannot meddle
-    scratch.mkdir(parents=True)
-    work = partial(_in_worker, options, scratch.absolute(), out.absolute())
+    scratch, place = None, out.url
+    if out.local:  # its own name, so that a dying worker of an earlier run cannot meddle
+        (out.local / _SCRATCH / str(os.getpid())).mkdir(parents=True)
+        scratch, place = str((out.local / _SCRATCH / str(os.getpid())).absolute()), str(out.local.absolute())
+    work = partial(_in_worker, options, place, scratch)
     tried, stored = so_far(out, done)
-    tasks = _tasks(table, options.shard_size, done, scratch)
+    tasks = _tasks(table, options.shard_size, done, forgotten_ids(out))
     with Meter("downloading", table.metadata.num_rows, tried) as meter:
-        for shard in in_processes(work, tasks, options.processes):
-            count, success = so_far(out, {shard})
+        for shard in DISTRIBUTORS[options.distributor](work, tasks, options.processes):
+            count, success = so_far(out, [shard])
             tried, stored = tried + count, stored + success
             meter.at(tried, f"{100 * stored / tried:.1f}% stored")
-    shutil.rmtree(out / _SCRATCH)
+    if out.local:
+        shutil.rmtree(out.local / _SCRATCH)
 
 
-def download(urls: Path, out: Path, options: Options, command: str = "") -> Report:
-    """Fetch every URL of the table into WebDataset shards in `out`, or go on where an earlier run was stopped.
-
-    Raises InputError for a wrong table, option or folder, WorkFailed when nothing at all could be fetched.
-    """
-    table = _table(urls)
+def _check(options: Options) -> None:
+    distributor(options.distributor)
+    if options.format not in FORMATS:
+        raise InputError(f"--format {options.format!r} is none of {', '.join(FORMATS)}")
     try:
         networks(options.allow_address)
     except ValueError as error:
         raise InputError(f"--allow-address: {error}") from None
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give a folder for the shards")
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        _bind(out, {"urls_sha256": sha256_of(urls), **options.binding()})
+
+
+def download(urls: Path, out: Path | str, options: Options, command: str = "", may_be_empty: bool = False) -> Report:
+    """Fetch every URL of the table into WebDataset shards in `out`, or go on where an earlier run was stopped.
+
+    out: a folder or an fsspec URL. Raises InputError for a wrong table, option or folder, WorkFailed when nothing at all
+    could be fetched, unless that is expected.
+    """
+    table = _table(urls)
+    _check(options)
+    store = Store(out)
+    if store.local:
+        if store.local.exists() and not store.local.is_dir():
+            raise InputError(f"{out} is a file: give a folder for the shards")
+        store.local.mkdir(parents=True, exist_ok=True)
+    with _locked(store.local) if store.local else nullcontext():  # object stores have no locks: run one download there
+        _bind(store, {"urls_sha256": sha256_of(urls), **options.binding()})
         try:
-            return _complete(table, urls, out, options, command)
+            return _complete(table, urls, store, options, command, may_be_empty)
         except OSError as error:
             raise WorkFailed(f"{out}: {error}: run the same command again to go on") from error
 
 
-def _complete(table: pq.ParquetFile, urls: Path, out: Path, options: Options, command: str) -> Report:
+def _complete(table: pq.ParquetFile, urls: Path, out: Store, options: Options, command: str, may_be_empty: bool) -> Report:
     """Download what is missing, add up, and write the report last."""
     began, rows = time.monotonic(), table.metadata.num_rows
     shards = -(-rows // options.shard_size)
     done = _finished(out, shards)
     if len(done) < shards:
-        (out / _REPORT).unlink(missing_ok=True)
+        out.remove(REPORT)
         _run(table, out, options, done)
     report = account(out, rows, options.shard_size)
-    if report.stored == 0:
-        _forget(out, shards)
+    if report.stored == 0 and not may_be_empty:
+        _undo(out, shards)
         raise WorkFailed(_why_nothing(report))
-    if not (out / _REPORT).exists():
+    if not out.exists(REPORT):
         versions = {name: version(name) for name in ("img2dataset", "pillow", "opencv-python-headless", "pyarrow")}
-        write_json(out / _REPORT, {
+        out.write_json(REPORT, {
             **asdict(report), "seconds": round(time.monotonic() - began, 1), "rows_of_earlier_runs": so_far(out, done)[0],
             "settings": asdict(options), "urls": str(urls), "versions": versions, "command": command})
     return report
 
 
-def _forget(out: Path, shards: int) -> None:
+def _undo(out: Store, shards: int) -> None:
     """Remove shards and settings, so that the next run tries again and may be told otherwise."""
     for shard in range(shards):
-        for path in shard_files(out, shard):
-            path.unlink()
-    (out / _SETTINGS).unlink()
+        for name in shard_files(shard):
+            out.remove(name)
+    out.remove(SETTINGS)
 
 
 def _why_nothing(report: Report) -> str:

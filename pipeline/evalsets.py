@@ -1,4 +1,4 @@
-"""Evaluation sets on disk, in CLIP_benchmark's WebDataset layout, read and written as they are.
+"""Evaluation sets on disk, in CLIP_benchmark's WebDataset layout, read and written as they are; tables are read too.
 
     FOLDER/dataset_type.txt                       classification (also when absent) or retrieval
     FOLDER/classnames.txt                         line i names label i
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from pipeline import tablesets
 from pipeline.console import InputError, existing
 from pipeline.files import sha256_of
 
@@ -44,6 +45,9 @@ class EvalSet:
 
     def read(self, shard: Path) -> Iterator[Example]:
         """Yield (key, image bytes, label or captions) of one of `shards`. Raises InputError naming shard and key."""
+        if shard.suffix == ".tsv":
+            yield from tablesets.examples(shard, self.split)
+            return
         for sample in _tar_samples(shard):
             where = f"{shard}, key {sample['__key__']}"
             image = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
@@ -62,11 +66,26 @@ def open_evalset(folder: Path | str, split: str = "test") -> EvalSet:
     if str(folder).startswith("pipe:"):
         raise InputError(f"evaluation set {folder}: pipe: would run a shell command; give a folder")
     folder = existing(Path(folder), "evaluation set").resolve()
+    if table := tablesets.table_of(folder):
+        return _open_table(folder, table, split)
     kind = _kind(folder)
     shards = _shards(folder, split)
     files = [folder / split / NSHARDS, folder / DATASET_TYPE, folder / CLASSNAMES, *shards]
     return EvalSet(folder.name, kind, split, _lines(folder / CLASSNAMES), _templates(folder / TEMPLATES), shards,
                    _manifest(folder, [file for file in files if file.exists()]))
+
+
+def _open_table(folder: Path, table: Path, split: str) -> EvalSet:
+    if split not in tablesets.splits(table):
+        raise InputError(f"{table} has no split {split!r}; splits present: {', '.join(tablesets.splits(table)) or 'none'}")
+    kind = CLASSIFICATION if table.name == tablesets.LABELS else RETRIEVAL
+    return EvalSet(folder.name, kind, split, tablesets.classes(table), _templates(folder / TEMPLATES), (table,),
+                   _manifest(folder, [table, *tablesets.images(table, split)]))
+
+
+def is_evalset(folder: Path) -> bool:
+    """Whether the folder itself is a set, in either layout."""
+    return tablesets.table_of(folder) is not None or bool(splits_of(folder))
 
 
 def _text(path: Path) -> str:
@@ -106,6 +125,8 @@ def _tars(folder: Path) -> set[str]:
 
 def splits_of(folder: Path) -> list[str]:
     """Names of the splits a set folder holds."""
+    if table := tablesets.table_of(folder):
+        return tablesets.splits(table)
     return sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and not sub.name.startswith(".") and _tars(sub))
 
 

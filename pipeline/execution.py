@@ -1,9 +1,12 @@
 """Encoded images → views on the device, whatever the bytes turn out to be: a bad image costs its sample, not the run."""
 
+import io
+import traceback
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pipeline.images import Undecodable, plain_bytes, upright_rgb
 from pipeline.recipe import Executor, Views
@@ -12,10 +15,20 @@ BLANK = b"P6 1 1 255\n\0\0\0"  # stands in for an image that cannot be decoded; 
 
 
 def fit(data: bytes, plain: bool) -> bytes:
-    """An image's bytes, fit for any executor. Raises Undecodable."""
+    """An image's bytes, fit for any executor. Raises Undecodable.
+
+    What the index called a plain JPEG must still begin and end like one: DALI 2.4 has a segmentation fault, not an
+    exception, when one image of a larger batch has no readable header, and decoders differ on what they make of a file
+    without its end. Damage in between is found when the executor decodes.
+    """
     if not plain:
         return plain_bytes(data)
-    if b"\xff\xd9" not in data[-1024:]:  # no end marker: decoders differ on what they make of it
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)):
+            pass
+    except Exception:  # whatever Pillow's parser raises on noise
+        raise Undecodable("not an image") from None
+    if b"\xff\xd9" not in data[-1024:]:
         upright_rgb(data)
     return data
 
@@ -27,13 +40,14 @@ def execute(executor: Executor, encoded: Sequence[bytes | Exception], vectors: n
     given = [BLANK if isinstance(data, Exception) else data for data in encoded]
     try:
         return executor(given, vectors, ids), bad
-    except (RuntimeError, Undecodable):  # an image nobody suspected: find it, and run again without it
-        for b, data in enumerate(given):
-            try:
-                given[b] = plain_bytes(data)
-            except Undecodable as error:
-                given[b], bad[b] = BLANK, str(error)
-        return executor(given, vectors, ids), bad
+    except (RuntimeError, Undecodable) as error:
+        traceback.clear_frames(error.__traceback__)  # they hold a batch of views, in cycles that only gc would find
+    for b, data in enumerate(given):  # an image nobody suspected: find it, and run again without it
+        try:
+            given[b] = plain_bytes(data)
+        except Undecodable as error:
+            given[b], bad[b] = BLANK, str(error)
+    return executor(given, vectors, ids), bad
 
 
 def valid_mask(count: int, bad: dict[int, str]) -> torch.Tensor:

@@ -12,7 +12,7 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -24,6 +24,7 @@ _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_HOPS = 10
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _CHUNK = 65_536
+LARGE = 4_000_000  # bytes; hardly one image in a thousand of the web
 _LEGAL = "%/:=&?~+!$,;'@()*[]"  # in a path or query, besides letters, digits and _.-
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -52,22 +53,33 @@ class Failure(Exception):
         self.reason, self.passing = reason, passing
 
 
-def fetch(url: str, policy: Policy, retries: int = 0) -> bytes:
-    """The body behind `url`, at most `policy.max_bytes`. Raises Failure; only passing failures are tried again."""
+def fetch(url: str, policy: Policy, retries: int = 0, judge: Callable[[str], None] | None = None,
+          large: Callable[[], None] | None = None) -> bytes:
+    """The body behind `url`, at most `policy.max_bytes`. Raises Failure; only passing failures are tried again.
+
+    judge: called with the URL of each hop before it is made, may raise Failure. large: called when a body turns out to
+    have more than LARGE bytes, and may wait until there is room for it.
+    """
     for left in range(retries, -1, -1):
         try:
-            return _follow(url, policy)
+            return _follow(url, policy, judge, large)
         except Failure as failure:
             if not (failure.passing and left):
                 raise
     raise AssertionError("unreachable")
 
 
-def _follow(url: str, policy: Policy) -> bytes:
+def may_heal(reason: str) -> bool:
+    """Whether a failure of this class is worth trying again another day."""
+    status = reason.removeprefix("http ")
+    return reason in _PASSING or status.isdecimal() and int(status) in _PASSING_STATUS
+
+
+def _follow(url: str, policy: Policy, judge: Callable[[str], None] | None, large: Callable[[], None] | None) -> bytes:
     end = time.monotonic() + policy.deadline
     for _ in range(_MAX_HOPS):
         try:
-            found = _hop(url, policy, end)
+            found = _hop(url, policy, end, judge, large)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _named(error) from None
         if isinstance(found, bytes):
@@ -76,39 +88,45 @@ def _follow(url: str, policy: Policy) -> bytes:
     raise Failure("too many redirects", f"more than {_MAX_HOPS}")
 
 
-def _hop(url: str, policy: Policy, end: float) -> bytes | str:
+def _hop(url: str, policy: Policy, end: float, judge: Callable[[str], None] | None,
+         large: Callable[[], None] | None) -> bytes | str:
     """One request: the body, or the URL it redirects to."""
     parts = urlsplit(url.strip())
     if parts.scheme not in {"http", "https"}:
         raise Failure("refused scheme", parts.scheme or "none")
     if not parts.hostname:
         raise Failure("bad url", "no host")
+    if judge:
+        judge(url)
     connection = _CheckedConnection(parts.hostname, parts.port, parts.scheme == "https", policy, end)
     try:
         target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_LEGAL)
         connection.request("GET", target, headers={"User-Agent": policy.user_agent, "Accept": "image/*,*/*;q=0.5",
                                                    "Connection": "close"})
-        return _answer(connection.getresponse(), url, policy)
+        return _answer(connection.getresponse(), url, policy, large)
     finally:
         connection.close()
 
 
-def _answer(response: http.client.HTTPResponse, url: str, policy: Policy) -> bytes | str:
+def _answer(response: http.client.HTTPResponse, url: str, policy: Policy, large: Callable[[], None] | None) -> bytes | str:
     if response.status in _REDIRECTS and (location := response.headers.get("Location")):
         return urljoin(url, quote(location, safe=_LEGAL + "#", encoding="latin-1"))  # headers arrive as Latin-1
     if not 200 <= response.status < 300:
         raise Failure(f"http {response.status}", passing=response.status in _PASSING_STATUS)
     if opted_out(response.headers.get_all("X-Robots-Tag", []), policy.user_agent):
         raise Failure("opted out")
-    return _body(response, policy.max_bytes)
+    return _body(response, policy.max_bytes, large)
 
 
-def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
+def _body(response: http.client.HTTPResponse, limit: int, large: Callable[[], None] | None) -> bytes:
     if (response.length or 0) > limit:
         raise Failure("too large", f"{response.length} bytes announced")
     body = bytearray()
     while chunk := response.read(_CHUNK):
         body += chunk
+        if large and len(body) > LARGE:
+            large()
+            large = None
         if len(body) > limit:
             raise Failure("too large", f"more than {limit} bytes")
     if response.length:  # http.client does not raise on a short body when it is read in pieces
@@ -128,6 +146,7 @@ _NAMES: tuple[tuple[type[Exception], str, bool], ...] = (  # first match wins
     (OSError, "unreachable", True),
     (ValueError, "bad url", False),
 )
+_PASSING = {reason for _, reason, passing in _NAMES if passing}
 
 
 def _named(error: Exception) -> Failure:
@@ -214,7 +233,7 @@ class _CheckedConnection(http.client.HTTPConnection):
 
     def __init__(self, host: str, port: int | None, tls: bool, policy: Policy, end: float):
         self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
-        super().__init__(host, port, timeout=policy.timeout)
+        super().__init__(host, port or self.default_port, timeout=policy.timeout)  # a port of None is looked for in `host`
         self._wants_tls, self._policy, self._end = tls, policy, end
 
     def connect(self) -> None:

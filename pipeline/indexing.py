@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -19,41 +15,32 @@ import pyarrow.compute as pc
 from pipeline.console import InputError, WorkFailed, existing
 from pipeline.files import replacing, write_json
 from pipeline.index import INDEX_NAME, MANIFEST_NAME
-from pipeline.processes import in_processes
-from pipeline.progress import Meter
+from pipeline.scans import Scanned, scanned
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
-from pipeline.tars import ROWS, scan
+from pipeline.skips import forgotten_ids
+from pipeline.stores import Store
+from pipeline.survival import FORGOTTEN
+from pipeline.tars import ROWS
 
 QUARANTINE_NAME = "quarantine.jsonl"
 _MAX_SOURCES = 32_767  # codes are int16; a `source` that differs more often than that names no source
 
 
-@dataclass(frozen=True)
-class _Scanned:
-    """A shard whose rows wait in an Arrow file."""
+class Shard(Protocol):
+    """What an index is made of: a tar and its rows (schema ROWS), sorted by key."""
 
-    name: str
-    rows: Path
-    sample_id: np.ndarray
-    sources: frozenset[str]
-    unusable: list[tuple[str, str]]
-    size: int
-    sha256: str
+    @property
+    def name(self) -> str: ...
+    @property
+    def sample_id(self) -> np.ndarray: ...
+    @property
+    def sources(self) -> frozenset[str]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def sha256(self) -> str: ...
 
-
-def _scan_to_file(folder: Path, scratch: Path, task: tuple[int, str]) -> tuple[int, _Scanned]:
-    number, name = task
-    shard, path = scan(folder / name), scratch / f"{number}.arrow"
-    with pa.ipc.new_file(path, ROWS) as writer:
-        writer.write_table(shard.rows)
-    return number, _Scanned(name, path, shard.rows["sample_id"].to_numpy(),
-                            frozenset(shard.rows["source"].unique().to_pylist()), shard.unusable, shard.size,
-                            shard.sha256)
-
-
-def _rows(scanned: _Scanned) -> pa.Table:
-    with pa.memory_map(str(scanned.rows)) as file:
-        return pa.ipc.open_file(file).read_all()
+    def rows(self) -> pa.Table: ...
 
 
 def _tars(folder: Path) -> list[str]:
@@ -67,17 +54,6 @@ def _tars(folder: Path) -> list[str]:
     return names
 
 
-def _scan_all(folder: Path, names: list[str], scratch: Path, workers: int | None) -> list[_Scanned]:
-    found: dict[int, _Scanned] = {}
-    samples = 0
-    with Meter("indexing tars", len(names)) as meter:
-        for number, scanned in in_processes(partial(_scan_to_file, folder, scratch), enumerate(names), workers):
-            found[number] = scanned
-            samples += len(scanned.sample_id)
-            meter.at(len(found), f"{samples:,} samples")
-    return [found[number] for number in range(len(names))]
-
-
 def _twins(sample_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows, first): each row whose id occurred before, and the row of its first occurrence. Ascending in rows."""
     order = np.argsort(sample_id, kind="stable")
@@ -89,7 +65,7 @@ def _twins(sample_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[ascending], first[ascending]
 
 
-def _united(shards: list[_Scanned]) -> Iterator[pa.Table]:
+def _united(shards: Sequence[Shard]) -> Iterator[pa.Table]:
     """Each shard's rows without those that repeat an id; their captions go to the first row of that id."""
     starts = np.cumsum([0, *(len(shard.sample_id) for shard in shards)])
     repeated, first = _twins(np.concatenate([shard.sample_id for shard in shards]))
@@ -97,13 +73,13 @@ def _united(shards: list[_Scanned]) -> Iterator[pa.Table]:
     gained: dict[int, dict[int, list[str]]] = {}  # shard → its row → captions from elsewhere
     for number in np.unique(owner):
         mine = owner == number
-        texts = _rows(shards[number])["captions"].take(repeated[mine] - starts[number]).to_pylist()
+        texts = shards[number].rows()["captions"].take(repeated[mine] - starts[number]).to_pylist()
         for target, shard, captions in zip(first[mine], home[mine], texts, strict=True):
             gained.setdefault(int(shard), {}).setdefault(int(target - starts[shard]), []).extend(captions)
     for number, shard in enumerate(shards):
         keep = np.ones(len(shard.sample_id), bool)
         keep[repeated[slice(*np.searchsorted(repeated, starts[number:number + 2]))] - starts[number]] = False
-        yield _with_captions(_rows(shard), gained.get(number, {})).filter(pa.array(keep))
+        yield _with_captions(shard.rows(), gained.get(number, {})).filter(pa.array(keep))
 
 
 def _with_captions(table: pa.Table, gained: dict[int, list[str]]) -> pa.Table:
@@ -176,7 +152,7 @@ def _write(path: Path, batches: Iterator[pa.RecordBatch], names: list[str], sour
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _quarantine(path: Path, shards: list[_Scanned]) -> Counter[str]:
+def _quarantine(path: Path, shards: list[Scanned]) -> Counter[str]:
     """Write one line for each unusable sample; return how many there are for each reason."""
     counts: Counter[str] = Counter()
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -188,31 +164,37 @@ def _quarantine(path: Path, shards: list[_Scanned]) -> Counter[str]:
 
 
 def build(folder: Path, workers: int | None = None, command: str = "") -> dict:
-    """Index every tar under `folder`; returns the manifest, which is written last.
+    """Index every tar under `folder`; returns the manifest, which is written last. Only new and changed tars are read.
 
     Raises InputError where there is no tar, WorkFailed where there is no usable sample.
     """
     names = _tars(folder)
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for left_over in folder.glob(".index.*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".index.") as scratch:
-        shards = _scan_all(folder, names, Path(scratch), workers)
-        excluded = _quarantine(folder / QUARANTINE_NAME, shards)
-        total = sum(len(shard.sample_id) for shard in shards)
-        if total == 0:
-            reason, count = excluded.most_common(1)[0] if excluded else ("no sample", 0)
-            raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars; {count:,} × {reason}, "
-                             f"see {folder / QUARANTINE_NAME}")
-        sources, kept = sorted(set().union(*(shard.sources for shard in shards))), []
-        if len(sources) > _MAX_SOURCES:
-            sources = [""]
-        batches = _batches(_coded(_united(shards), sources, kept), names, sources)
-        fingerprint = _write(folder / INDEX_NAME, batches, names, sources)
+    shards = scanned(folder, names, workers, forgotten_ids(Store(folder)))
+    excluded = _quarantine(folder / QUARANTINE_NAME, shards)
+    if gone := sum(int(shard.gone.sum()) for shard in shards):
+        excluded[FORGOTTEN] = gone
+    if not sum(len(shard.sample_id) for shard in shards):
+        reason, count = excluded.most_common(1)[0] if excluded else ("no sample", 0)
+        raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars; {count:,} × {reason}, "
+                         f"see {folder / QUARANTINE_NAME}")
+    return assemble(folder, shards, dict(excluded.most_common()), command)
+
+
+def assemble(folder: Path, shards: Sequence[Shard], excluded: dict[str, int], command: str,
+             more: dict | None = None) -> dict:
+    """Write index.arrow from the shards' rows, then the manifest, which also has `more`; returns the manifest."""
+    names = [shard.name for shard in shards]
+    sources, kept = sorted(set().union(*(shard.sources for shard in shards))), []
+    if len(sources) > _MAX_SOURCES:
+        sources = [""]
+    batches = _batches(_coded(_united(shards), sources, kept), names, sources)
+    fingerprint = _write(folder / INDEX_NAME, batches, names, sources)
+    total = sum(len(shard.sample_id) for shard in shards)
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "counts": {"samples": sum(kept), "merged": total - sum(kept), "excluded": dict(excluded.most_common())},
-        "sources": sources, "fingerprint": fingerprint,
+        "counts": {"samples": sum(kept), "merged": total - sum(kept), "excluded": excluded},
+        "sources": sources, "fingerprint": fingerprint, **(more or {}),
         "created_by": {"command": command,
                        "versions": {name: version(name) for name in ("pillow", "pyarrow", "numpy")}},
         "shards": [{"name": shard.name, "size": shard.size, "sha256": shard.sha256, "samples": samples}

@@ -213,8 +213,9 @@ class Place:
 def _outcome(future: "Future[T]") -> T | Exception:
     try:
         return future.result()
-    except Exception as error:  # the caller's to judge
-        return error
+    except Exception as error:  # the caller's to judge; with its traceback it would keep the caller's frame alive
+        error.__context__ = None
+        return error.with_traceback(None)
 
 
 class ReadAhead:

@@ -19,8 +19,8 @@ BLUR_WINDOW = 13  # three sigma of the largest default sigma on either side
 
 _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
-_MEAN = np.array(MEAN, np.float32)
-_STD = np.array(STD, np.float32)
+_LEVELS = np.arange(256, dtype=np.float32)
+_NORMALISED = [(_LEVELS / 255 - np.float32(mean)) / np.float32(std) for mean, std in zip(MEAN, STD, strict=True)]
 
 
 def color_map(vector_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -35,37 +35,52 @@ def color_map(vector_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return gain * (_YIQ_TO_RGB @ turn @ _RGB_TO_YIQ), np.full(3, shift)
 
 
-def _color(pixels_HWC: np.ndarray, vector_A: np.ndarray) -> np.ndarray:
+def resized(image: Image.Image, vector_A: np.ndarray, size: int) -> np.ndarray:
+    """The crop box, bicubic with antialiasing → (S, S, 3) uint8."""
+    x, y, w, h = (float(v) for v in vector_A[:4])
+    box = (x * image.width, y * image.height, min(x + w, 1.0) * image.width, min(y + h, 1.0) * image.height)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def mirrored(pixels_HWC: np.ndarray, vector_A: np.ndarray) -> np.ndarray:
+    """Left and right exchanged where the vector says so."""
+    return cv2.flip(pixels_HWC, 1) if vector_A[9] else pixels_HWC
+
+
+def coloured(pixels_HWC: np.ndarray, vector_A: np.ndarray) -> np.ndarray:
+    """The colour map, in float, rounded once (half to even) and clipped by `add`."""
     if not vector_A[4:8].any() and not vector_A[10]:
         return pixels_HWC
     matrix, shift = color_map(vector_A)
     affine = np.concatenate([matrix, shift[:, None]], axis=1).astype(np.float32)
-    return np.clip(np.rint(cv2.transform(pixels_HWC.astype(np.float32), affine)), 0, 255).astype(np.uint8)
+    return cv2.add(cv2.transform(pixels_HWC.astype(np.float32), affine), 0,  # pyright: ignore
+                   dtype=cv2.CV_8U)
+
+
+def blurred(pixels_HWC: np.ndarray, vector_A: np.ndarray) -> np.ndarray:
+    """Gaussian blur in output pixels."""
+    if vector_A[8] <= 0:
+        return pixels_HWC
+    window = (BLUR_WINDOW, BLUR_WINDOW)
+    return cv2.GaussianBlur(pixels_HWC, window, float(vector_A[8]), borderType=cv2.BORDER_REFLECT_101)
 
 
 def pixels(image: Image.Image, vector_A: np.ndarray, size: int) -> np.ndarray:
     """The view before normalisation → (S, S, 3) uint8. `image` is upright RGB."""
-    x, y, w, h = (float(v) for v in vector_A[:4])
-    box = (x * image.width, y * image.height, min(x + w, 1.0) * image.width, min(y + h, 1.0) * image.height)
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    pixels_HWC = np.asarray(view)
-    if vector_A[9]:
-        pixels_HWC = np.ascontiguousarray(pixels_HWC[:, ::-1])
-    pixels_HWC = _color(pixels_HWC, vector_A)
-    if vector_A[8] > 0:
-        pixels_HWC = cv2.GaussianBlur(pixels_HWC, (BLUR_WINDOW, BLUR_WINDOW), float(vector_A[8]),
-                                      borderType=cv2.BORDER_REFLECT_101)
-    return pixels_HWC
+    return blurred(coloured(mirrored(resized(image, vector_A, size), vector_A), vector_A), vector_A)
 
 
-def normalised(pixels_HWC: np.ndarray) -> np.ndarray:
-    """8-bit pixels → (3, S, S) float32 with CLIP's mean and standard deviation."""
-    return np.ascontiguousarray(((pixels_HWC.astype(np.float32) / 255 - _MEAN) / _STD).transpose(2, 0, 1))
+def normalised(pixels_HWC: np.ndarray, out_CHW: np.ndarray | None = None) -> np.ndarray:
+    """8-bit pixels → (3, S, S) float32 with CLIP's mean and standard deviation, by table (six times as fast)."""
+    out_CHW = np.empty((3, *pixels_HWC.shape[:2]), np.float32) if out_CHW is None else out_CHW
+    for channel, plane_HW in enumerate(cv2.split(pixels_HWC)):
+        cv2.LUT(plane_HW, _NORMALISED[channel], dst=out_CHW[channel])
+    return out_CHW
 
 
-def view(image: Image.Image, vector_A: np.ndarray, size: int) -> np.ndarray:
-    """The view of an upright RGB image → (3, S, S) float32, normalised."""
-    return normalised(pixels(image, vector_A, size))
+def view(image: Image.Image, vector_A: np.ndarray, size: int, out_CHW: np.ndarray | None = None) -> np.ndarray:
+    """The view of an upright RGB image → (3, S, S) float32, normalised, in `out_CHW` when given."""
+    return normalised(pixels(image, vector_A, size), out_CHW)
 
 
 def center_crop(width: int, height: int) -> np.ndarray:
@@ -87,6 +102,7 @@ class PillowExecutor:
 
     def __init__(self, size: int, threads: int | None = None):
         self.size = size
+        cv2.setNumThreads(1)  # a sample a thread is enough; OpenCV's own threads would only get in their way
         self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="replay")
 
     def __call__(self, encoded: list[bytes], vector_BVA: np.ndarray, sample_id_B: np.ndarray
@@ -98,7 +114,7 @@ class PillowExecutor:
         def execute(b: int) -> None:
             image = upright_rgb(encoded[b])
             for v in range(count):
-                views[v][b] = view(image, vector_BVA[b, v], self.size)
+                view(image, vector_BVA[b, v], self.size, views[v][b])
 
         list(self._pool.map(execute, range(batch)))
         return [torch.from_numpy(v) for v in views], torch.from_numpy(vector_BVA), torch.from_numpy(sample_id_B)

@@ -66,6 +66,10 @@ INDEX = pa.schema(
 )
 INDEX_BATCH_ROWS = 65_536
 
+# A skip list: one Parquet file; its samples leave the order, wherever they are. `reason` is for people.
+SKIPS = pa.schema([("sample_id", pa.int64()), ("reason", pa.string())],
+                  metadata={"uniclip.schema": f"skips/{SCHEMA_VERSION}"})
+
 
 def sample_id_of(url_or_bytes: str | bytes) -> int:
     """The first 63 bits of sha256 of the URL, or of the image bytes where no URL is known."""

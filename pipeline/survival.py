@@ -1,16 +1,19 @@
 """What became of every URL: the per-shard tables that img2dataset leaves, added up by outcome."""
 
-import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.console import WorkFailed
+from pipeline.stores import Store
 
 DIGITS = 5  # of a shard's number
-SUFFIXES = (".tar", ".parquet", "_stats.json")  # a shard's files
+SUFFIXES = (".tar", ".parquet", "_stats.json")  # a shard's files, the last one written last
+FORGOTTEN = "forgotten"  # the class of a URL that a takedown names: never asked for
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,45 @@ def shard_name(shard: int) -> str:
     return f"{shard:0{DIGITS}d}"
 
 
-def shard_files(folder: Path, shard: int) -> list[Path]:
-    """Where a shard's files are, or would be."""
-    return [folder / f"{shard_name(shard)}{suffix}" for suffix in SUFFIXES]
+def shard_files(shard: int) -> list[str]:
+    """The names of a shard's files."""
+    return [f"{shard_name(shard)}{suffix}" for suffix in SUFFIXES]
 
 
-def account(out: Path, rows: int, size: int) -> Report:
+def outcomes(store: Store, shard: int, columns: Iterable[str]) -> pa.Table:
+    """A shard's rows: these columns, and `reason`, the class of the failure, empty where the image was stored."""
+    wanted = list(dict.fromkeys([*columns, "status", "error_message"]))
+    file = pq.ParquetFile(pa.BufferReader(store.read(f"{shard_name(shard)}.parquet")))
+    table = file.read(columns=[name for name in wanted if name in file.schema_arrow.names])
+    told = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)
+    reasons = ["" if status == "success" else (message or "other").partition(":")[0] for status, message in told]
+    return table.drop_columns(["status", "error_message"]).append_column("reason", pa.array(reasons, pa.string()))
+
+
+def account(store: Store, rows: int, size: int) -> Report:
     """Add up every shard's rows by outcome. Raises WorkFailed where a shard does not account for all of its rows."""
     stored, failed, example = 0, Counter(), {}
     for shard in range(-(-rows // size)):
-        outcome = pq.read_table(out / f"{shard_name(shard)}.parquet", columns=["url", "status", "error_message"])
+        found = outcomes(store, shard, ["url"])
         expected = min(size, rows - shard * size)
-        if outcome.num_rows != expected:
-            raise WorkFailed(f"{out}/{shard_name(shard)}.parquet accounts for {outcome.num_rows} of its {expected} "
+        if found.num_rows != expected:
+            raise WorkFailed(f"{store}/{shard_name(shard)}.parquet accounts for {found.num_rows} of its {expected} "
                              f"rows: delete {shard_name(shard)}* there and run the same command again")
-        for row in outcome.to_pylist():
-            if row["status"] == "success":
+        for url, reason in zip(found["url"].to_pylist(), found["reason"].to_pylist(), strict=True):
+            if not reason:
                 stored += 1
                 continue
-            reason = (row["error_message"] or "other").partition(":")[0]
             failed[reason] += 1
-            example.setdefault(reason, row["url"])
+            example.setdefault(reason, url)
     return Report(rows, stored, dict(failed.most_common()), example)
 
 
-def so_far(out: Path, shards: set[int]) -> tuple[int, int]:
+def so_far(store: Store, shards: Iterable[int]) -> tuple[int, int]:
     """Rows tried and rows stored in these finished shards."""
-    stats = [json.loads((out / f"{shard_name(shard)}_stats.json").read_text()) for shard in shards]
+    stats = [store.read_json(f"{shard_name(shard)}_stats.json") for shard in shards]
     return sum(s["count"] for s in stats), sum(s["successes"] for s in stats)
+
+
+def shards_of(folder: Path) -> Iterator[int]:
+    """Numbers of the finished shards of a folder."""
+    yield from sorted(int(path.name.partition("_")[0]) for path in folder.glob("*_stats.json"))

@@ -2,16 +2,20 @@
 
 import io
 import os
+import tempfile
+import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.console import WorkFailed
-from pipeline.download import COLUMNS, Options
-from pipeline.fetch import Failure, Policy, fetch
+from pipeline.download import COLUMNS, Options, Task
+from pipeline.fetch import Failure, fetch
 from pipeline.images import Undecodable, inspect, plain_bytes
-from pipeline.survival import DIGITS, shard_files, shard_name, so_far
+from pipeline.robots import Robots
+from pipeline.stores import Store
+from pipeline.survival import DIGITS, FORGOTTEN, shard_files, shard_name, so_far
 from pipeline.tars import why_undecodable
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations phones home when img2dataset imports it
@@ -21,6 +25,7 @@ from img2dataset.resizer import Resizer  # noqa: E402
 from img2dataset.writer import WebDatasetSampleWriter  # noqa: E402
 
 _QUALITY = 95
+_LARGE_AT_ONCE = 4  # bodies of more than fetch.LARGE bytes that a process may hold
 
 
 def _shorter_side(data: bytes) -> int:
@@ -37,7 +42,7 @@ class UprightResizer(Resizer):
     def __call__(self, img_stream, blurring_bbox_list=None):
         data = img_stream.getvalue()
         try:
-            if _shorter_side(data) <= self.image_size:
+            if self.encode_format == "jpg" and _shorter_side(data) <= self.image_size:
                 facts = inspect(data)
                 if facts.plain:
                     return data, facts.width, facts.height, facts.width, facts.height, None
@@ -48,47 +53,88 @@ class UprightResizer(Resizer):
         return *result, message and f"broken image: {message}"
 
 
-class PolicedDownloader(img2dataset.downloader.Downloader):
-    """img2dataset's downloader with our fetch; a shard appears under its final name only when it is whole."""
+class _Seat:
+    """One of the few places for large bodies, taken when a body turns out to be large."""
 
-    def __init__(self, policy: Policy, final: Path, **settings):
+    def __init__(self, seats: threading.BoundedSemaphore):
+        self._seats, self._taken = seats, False
+
+    def take(self) -> None:
+        if not self._taken:
+            self._seats.acquire()
+            self._taken = True
+
+    def leave(self) -> None:
+        if self._taken:
+            self._taken = False
+            self._seats.release()
+
+
+class _Body(io.BytesIO):
+    """A fetched body, which leaves its seat when img2dataset is done with it."""
+
+    def __init__(self, data: bytes, seat: _Seat):
+        super().__init__(data)
+        self._seat = seat
+
+    def close(self) -> None:
+        self._seat.leave()
+        super().close()
+
+
+class PolicedDownloader(img2dataset.downloader.Downloader):
+    """img2dataset's downloader with our fetch."""
+
+    def __init__(self, options: Options, forgotten: frozenset[str], **settings):
         super().__init__(**settings)
-        self.policy, self.final = policy, final
+        self.policy, self.forgotten = options.policy(), forgotten
+        self.judge = Robots(self.policy).judge if options.robots else None
+        self.seats = threading.BoundedSemaphore(_LARGE_AT_ONCE)
 
     def _fetch(self, row, **_):
         key, url = row
+        if url in self.forgotten:
+            return key, None, FORGOTTEN
+        seat = _Seat(self.seats)
         try:
-            return key, io.BytesIO(fetch(url, self.policy, self.retries)), None
+            return key, _Body(fetch(url, self.policy, self.retries, self.judge, seat.take), seat), None
         except Failure as failure:
-            return key, None, str(failure).encode(errors="replace").decode()
+            message = str(failure).encode(errors="replace").decode()
         except Exception as error:  # one odd URL must not cost its row
-            return key, None, f"other: {type(error).__name__}: {error}"
+            message = f"other: {type(error).__name__}: {error}"
+        seat.leave()
+        return key, None, message
 
     def download_shard(self, row) -> None:
         # super() looks this name up in its own module; ours judges each hop and does not repeat the hopeless.
         img2dataset.downloader.download_image_with_retry = self._fetch
         super().download_shard(row)
-        scratch, shard = Path(self.output_folder), row[0]
-        files = shard_files(scratch, shard)
-        expected, _ = so_far(scratch, {shard})
+
+
+def download_shard(options: Options, out: Store, scratch: str | None, task: Task) -> int:
+    """Fetch the rows of one task into tar, parquet and stats under `scratch`, then move them to `out`.
+
+    scratch: a folder on the same disk as a local `out`. Returns the shard's number. Raises WorkFailed when rows are lost
+    in writing.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+        rows = Path(folder, f"{task.shard}.arrow")
+        rows.write_bytes(task.rows)
+        resizer = UprightResizer(options.image_size, "keep_ratio", resize_only_if_bigger=True, encode_quality=_QUALITY,
+                                 encode_format=options.format)
+        PolicedDownloader(
+            options, task.forgotten, sample_writer_class=WebDatasetSampleWriter, resizer=resizer,
+            thread_count=options.threads, save_caption=True, extract_exif=False, output_folder=folder,
+            column_list=list(COLUMNS), timeout=options.timeout, number_sample_per_shard=options.shard_size,
+            oom_shard_count=DIGITS, compute_hash="sha256", verify_hash_type=None, encode_format=options.format,
+            retries=options.retries, user_agent_token=None, disallowed_header_directives=None,
+        ).download_shard((task.shard, str(rows)))
+        files = [Path(folder, name) for name in shard_files(task.shard)]
+        expected, _ = so_far(Store(folder), [task.shard])
         written = pq.read_metadata(files[1]).num_rows
         if written != expected:  # img2dataset prints and drops a sample that it cannot write
-            raise WorkFailed(f"shard {shard_name(shard)}: {expected - written} of {expected} rows could not be written, "
-                             f"perhaps the disk of {self.final} is full: run the same command again to go on")
+            raise WorkFailed(f"shard {shard_name(task.shard)}: {expected - written} of {expected} rows could not be "
+                             f"written, perhaps the disk of {out} is full: run the same command again to go on")
         for path in files:
-            path.replace(self.final / path.name)
-
-
-def download_shard(options: Options, scratch: Path, final: Path, task: tuple[int, str]) -> int:
-    """Fetch the rows of one Arrow file into tar, parquet and stats in `scratch`, then move them to `final`.
-
-    task: (number of the shard, Arrow file). Returns the number. Raises WorkFailed when rows are lost in writing.
-    """
-    resizer = UprightResizer(options.image_size, "keep_ratio", resize_only_if_bigger=True, encode_quality=_QUALITY)
-    PolicedDownloader(
-        options.policy(), final, sample_writer_class=WebDatasetSampleWriter, resizer=resizer,
-        thread_count=options.threads, save_caption=True, extract_exif=False, output_folder=str(scratch),
-        column_list=list(COLUMNS), timeout=options.timeout, number_sample_per_shard=options.shard_size,
-        oom_shard_count=DIGITS, compute_hash="sha256", verify_hash_type=None, encode_format="jpg",
-        retries=options.retries, user_agent_token=None, disallowed_header_directives=None).download_shard(task)
-    return task[0]
+            out.take(path)
+    return task.shard

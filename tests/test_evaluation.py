@@ -14,10 +14,11 @@ from conftest import encoded, picture
 from tiny import tiny_run
 
 from evaluation import retrieval, zeroshot
-from evaluation.embed import IMAGE_BATCH, TEXT_BATCH, embed_images, embed_texts, placed
-from evaluation.evaluate import evaluate
+from evaluation.embed import IMAGE_BATCH, LENGTHS, TEXT_BATCH, embed_images, embed_texts, placed
+from evaluation.evaluate import Bench, evaluate
 from evaluation.prompts import class_embeddings, prompts_sha256
 from evaluation.statistics import bootstrap, wilson
+from evaluation.subject import Subject, checkpoint_subject
 from pipeline.console import InputError, WorkFailed
 from pipeline.evalsets import open_evalset, write_evalset
 from pipeline.index import Index
@@ -33,6 +34,17 @@ def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(run: Path) -> Loaded:
     return load_model(run)
+
+
+@pytest.fixture(scope="module")
+def subject(run: Path) -> Subject:
+    return checkpoint_subject(run, "cpu")
+
+
+def images(subject: Subject, examples: list) -> tuple[np.ndarray, np.ndarray]:
+    """h and z of all examples."""
+    parts = list(embed_images(subject, examples))
+    return np.concatenate([h for h, _ in parts]), np.concatenate([z for _, z in parts])
 
 
 @pytest.fixture
@@ -81,15 +93,21 @@ def test_bootstrap_is_seeded_and_agrees_with_wilson_where_both_hold() -> None:
     assert bootstrap(share, 400, 3) == pytest.approx(wilson(100, 400), abs=0.01)
 
 
-def test_embeddings_do_not_depend_on_how_many_are_asked_for(loaded: Loaded, several: Path) -> None:
+def test_embeddings_do_not_depend_on_how_many_are_asked_for(subject: Subject, several: Path) -> None:
     examples = list(placed(open_evalset(several)))
     texts = [f"a {word} circle number {i}" for i in range(TEXT_BATCH // 2 + 5) for word in ("red", "blue")]
-    for feature in ("z", "h"):
-        whole = embed_images(loaded, examples, feature)
-        for count in (1, 7, IMAGE_BATCH, IMAGE_BATCH + 1):
-            assert torch.equal(embed_images(loaded, examples[:count], feature), whole[:count])
-    whole = embed_texts(loaded, texts)
-    assert all(torch.equal(embed_texts(loaded, texts[:count]), whole[:count]) for count in (1, 7, TEXT_BATCH))
+    whole = images(subject, examples)
+    for count in (1, 7, IMAGE_BATCH, IMAGE_BATCH + 1):
+        assert all(np.array_equal(part, all_of[:count])
+                   for part, all_of in zip(images(subject, examples[:count]), whole, strict=True))
+    whole = embed_texts(subject, texts)
+    assert all(torch.equal(embed_texts(subject, texts[:count]), whole[:count]) for count in (1, 7, TEXT_BATCH))
+
+
+def test_texts_without_their_padding_equal_texts_with_it(subject: Subject, loaded: Loaded) -> None:
+    texts = ["red", "a small red circle", "a small red circle above a large blue square", "one two three " * 9]
+    assert min(LENGTHS) < loaded.tokenizer.context
+    torch.testing.assert_close(embed_texts(subject, texts), plain_texts(loaded, texts), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -105,20 +123,20 @@ def plain_texts(loaded: Loaded, texts: list[str]) -> torch.Tensor:
     return loaded.model.encode_text(torch.from_numpy(loaded.tokenizer(texts)))
 
 
-def test_embeddings_equal_the_model_called_by_hand(loaded: Loaded, several: Path) -> None:
+def test_embeddings_equal_the_model_called_by_hand(loaded: Loaded, subject: Subject, several: Path) -> None:
     z, h, captions = plain_images(loaded, several)
-    for feature, values in (("z", z), ("h", h)):
-        embedded = embed_images(loaded, placed(open_evalset(several)), feature)
-        torch.testing.assert_close(embedded, values, atol=1e-5, rtol=1e-5)
+    embedded = images(subject, list(placed(open_evalset(several))))
+    torch.testing.assert_close(torch.from_numpy(embedded[0]), h, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(embedded[1]), z, atol=1e-5, rtol=1e-5)
     texts = sum(captions, [])
-    torch.testing.assert_close(embed_texts(loaded, texts), plain_texts(loaded, texts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embed_texts(subject, texts), plain_texts(loaded, texts), atol=1e-5, rtol=1e-5)
 
 
-def test_prompts_across_classes_equal_class_by_class(loaded: Loaded) -> None:
+def test_prompts_across_classes_equal_class_by_class(subject: Subject) -> None:
     names, templates = ["red", "blue", "green"], ["a {c} circle", "a small {c} square", "{c} and {c}"]
-    together = class_embeddings(lambda texts: embed_texts(loaded, texts), names, templates)
+    together = class_embeddings(lambda texts: embed_texts(subject, texts), names, templates)
     for name, w_D in zip(names, together, strict=True):
-        prompts = [embed_texts(loaded, [template.format(c=name)])[0] for template in templates]
+        prompts = [embed_texts(subject, [template.format(c=name)])[0] for template in templates]
         mean = torch.stack([z / z.norm() for z in prompts]).mean(0)
         torch.testing.assert_close(w_D, mean / mean.norm(), atol=1e-5, rtol=1e-5)
     assert prompts_sha256(names, templates) != prompts_sha256(names[::-1], templates)
@@ -127,12 +145,13 @@ def test_prompts_across_classes_equal_class_by_class(loaded: Loaded) -> None:
 
 def test_zeroshot_scores_by_hand() -> None:
     label_N, rank_N = np.array([0, 0, 0, 1, 1, 3]), np.array([0, 2, 0, 5, 0, 4])
-    found = {m.metric: m for m in zeroshot.scores(rank_N, label_N, classes=8, seed=0, main_is_mean=False)}
+    ranks = {"class": (rank_N, label_N)}
+    found = {m.metric: m for m in zeroshot.scores(ranks, classes=8, seed=0, main_is_mean=False)}
     assert found["accuracy"].value == 3 / 6 and found["accuracy"].interval == wilson(3, 6)
     assert found["accuracy@5"].value == 5 / 6 and found["accuracy@5"].chance == 5 / 8
     assert found["mean_per_class_recall"].value == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     assert [m.metric for m in found.values() if m.main_metric] == ["accuracy"]
-    few = zeroshot.scores(rank_N, label_N, classes=5, seed=0, main_is_mean=True)
+    few = zeroshot.scores(ranks, classes=5, seed=0, main_is_mean=True)
     assert [(m.metric, m.main_metric) for m in few] == [("accuracy", False), ("mean_per_class_recall", True)]
 
 
@@ -145,8 +164,8 @@ def test_chance_of_retrieval_by_enumeration() -> None:
         assert retrieval._chance(texts_N, k) == pytest.approx(expected)
 
 
-def test_retrieval_rows_equal_a_plain_computation(loaded: Loaded, several: Path, tmp_path: Path) -> None:
-    _, rows = evaluate("retrieval", loaded.run, [several], "test", "cpu", tmp_path / "r.jsonl")
+def test_retrieval_rows_equal_a_plain_computation(loaded: Loaded, subject: Subject, several: Path, tmp_path: Path) -> None:
+    rows = evaluate("retrieval", Bench.of(subject, tmp_path / "r.jsonl"), [several])
     z, _, captions = plain_images(loaded, several)
     owner = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
     cosine = torch.cosine_similarity(z[:, None], plain_texts(loaded, sum(captions, []))[None], dim=-1).numpy()
@@ -161,8 +180,8 @@ def test_retrieval_rows_equal_a_plain_computation(loaded: Loaded, several: Path,
     assert all(row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows)
 
 
-def test_zeroshot_rows_equal_a_plain_computation(loaded: Loaded, scenes: Path, tmp_path: Path) -> None:
-    _, rows = evaluate("zeroshot", loaded.run, [scenes / "evalsets/colour"], "test", "cpu", tmp_path / "r.jsonl")
+def test_zeroshot_rows_equal_a_plain_computation(loaded: Loaded, subject: Subject, scenes: Path, tmp_path: Path) -> None:
+    rows = evaluate("zeroshot", Bench.of(subject, tmp_path / "r.jsonl"), [scenes / "evalsets/colour"])
     evalset = open_evalset(scenes / "evalsets/colour")
     prompts = [plain_texts(loaded, [t.format(c=c) for t in evalset.templates]) for c in evalset.classnames]
     weight_CD = torch.stack([(z / z.norm(dim=1, keepdim=True)).mean(0) for z in prompts])
@@ -181,11 +200,11 @@ def test_finished_rows_are_skipped_until_something_they_depend_on_changes(
 
     def measured(checkpoint: Path) -> int:
         before = len(out.read_text().splitlines()) if out.exists() else 0
-        evaluate("zeroshot", checkpoint, [folder], "test", "cpu", out)
+        evaluate("zeroshot", Bench.of(checkpoint_subject(checkpoint, "cpu"), out), [folder])
         return len(out.read_text().splitlines()) - before
 
     assert measured(loaded.run) == 3 and "skipped" not in capsys.readouterr().out
-    assert measured(loaded.run) == 0 and "shape (test): finished on" in capsys.readouterr().out
+    assert measured(loaded.run) == 0 and "shape (test), zeroshot: finished on" in capsys.readouterr().out
     assert measured(loaded.run / "checkpoints/000000000032") == 3
     (folder / "zeroshot_classification_templates.txt").write_text("a large red {c}\n")
     assert measured(loaded.run) == 3
@@ -194,7 +213,8 @@ def test_finished_rows_are_skipped_until_something_they_depend_on_changes(
     assert len({row["weights_sha256"] for row in rows}) == 2 == len({row["prompts_sha256"] for row in rows})
     assert set(rows[0]) == {
         "dataset", "split", "task", "metric", "n", "value", "interval", "chance", "main_metric", "weights_sha256",
-        "data_sha256", "prompts_sha256", "transform", "versions", "seed", "checkpoint", "seconds", "created"}
+        "data_sha256", "prompts_sha256", "transform", "protocol", "outcomes", "details", "alarm", "versions", "seed",
+        "checkpoint", "seconds", "created"}
 
 
 def test_an_index_becomes_a_retrieval_set(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,18 +269,19 @@ def test_wrong_input_ends_with_one_clear_line(case: str, run: Path, tmp_path: Pa
     assert error.startswith("error: ") and error.count("\n") == 1 and message.format(tmp=tmp_path) in error
 
 
-def test_sets_without_names_or_prompts_and_damaged_results_are_named(run: Path, tmp_path: Path) -> None:
+def test_sets_without_names_or_prompts_and_damaged_results_are_named(subject: Subject, tmp_path: Path) -> None:
+    bench = Bench.of(subject, tmp_path / "r.jsonl")
     folder = broken(tmp_path / "s")
     (folder / "zeroshot_classification_templates.txt").unlink()
     with pytest.raises(InputError, match="s has no zeroshot_classification_templates.txt"):
-        evaluate("zeroshot", run, [folder], "test", "cpu", None)
+        evaluate("zeroshot", bench, [folder])
     (folder / "zeroshot_classification_templates.txt").write_text("{c}\n")
     (tmp_path / "r.jsonl").write_text('{"metric": "accuracy", "value": 1}\n{"metr\n')
     with pytest.raises(InputError, match=r"r\.jsonl, line 2 is no result row"):
-        evaluate("zeroshot", run, [folder], "test", "cpu", tmp_path / "r.jsonl")
+        evaluate("zeroshot", bench, [folder])
     (tmp_path / "r.jsonl").unlink()
     with pytest.raises(WorkFailed):
-        evaluate("zeroshot", run, [folder], "test", "cpu", tmp_path / "r.jsonl")
+        evaluate("zeroshot", bench, [folder])
     assert not (tmp_path / "r.jsonl").exists()
 
 

@@ -12,8 +12,9 @@ from tiny import tiny_run
 
 from evaluation import examples
 from evaluation.curves import POINTS, loss_curve, read_metrics, temperature_curve
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import Bench, evaluate
 from evaluation.report import write
+from evaluation.subject import checkpoint_subject
 from pipeline.evalsets import write_evalset
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -31,9 +32,9 @@ def reported(bare: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("results") / "results.jsonl"
     hostile = out.parent / "<b>pairs"
     write_evalset(hostile, "test", [(encoded(picture(i)), [f"{EVIL} {i}", "red"]) for i in range(9)], "retrieval")
-    evaluate("retrieval", bare, [hostile], "test", "cpu", out)
-    evaluate("zeroshot", bare, [scenes / "evalsets/colour"], "test", "cpu", out)
-    evaluate("zeroshot", bare / "checkpoints/000000000032", [scenes / "evalsets/colour"], "test", "cpu", out)
+    for checkpoint, task, folder in ((bare, "retrieval", hostile), (bare, "zeroshot", scenes / "evalsets/colour"),
+                                     (bare / "checkpoints/000000000032", "zeroshot", scenes / "evalsets/colour")):
+        evaluate(task, Bench.of(checkpoint_subject(checkpoint, "cpu"), out), [folder])
     return out
 
 

@@ -61,3 +61,11 @@ def mean_per_class(hit_N: np.ndarray, label_N: np.ndarray) -> float:
     """Mean over the classes of the share of hits in each; a class without images is left out."""
     labels, index_N = np.unique(np.asarray(label_N), return_inverse=True)
     return float(np.mean(np.bincount(index_N, weights=hit_N, minlength=len(labels)) / np.bincount(index_N)))
+
+
+def nearest(query_QD: Array, candidate_CD: Array, k: int) -> np.ndarray:
+    """(Q, k) int64: the k candidates of highest cosine, best first, a few rows of scores at a time."""
+    query_QD, candidate_CD = _unit(query_QD), _unit(candidate_CD)
+    rows, k = max(1, BLOCK_NUMBERS // len(candidate_CD)), min(k, len(candidate_CD))
+    blocks = [(query_QD[at:at + rows] @ candidate_CD.T).topk(k, dim=1).indices for at in range(0, len(query_QD), rows)]
+    return torch.cat(blocks).cpu().numpy()

@@ -256,7 +256,8 @@ def tiled_loss(name: str, image_BVD: Float[Tensor, "B V D"], text_BTD: Float[Ten
         own, foreign = (Layout.of(ids, views, texts, tile) for ids in (groups.own_id, groups.foreign_id))
         plan = Plan(own, foreign, 1 if supervision == "unified" else 2, _domains(name, supervision, views, texts),
                     temperature_3.tolist(), offset_3.tolist(), BACKENDS[backend or _auto(device)](), groups.exchange)
-        z_RD = torch.cat([unit(_pick(x, groups.own)).to(dtype or x.dtype).flatten(0, 1) for x in (image_BVD, text_BTD)])
+        dtype = dtype or torch.promote_types(image_BVD.dtype, text_BTD.dtype)
+        z_RD = torch.cat([unit(_pick(x, groups.own)).to(dtype).flatten(0, 1) for x in (image_BVD, text_BTD)])
         foreign_RD = foreign.by_row(groups.exchange(own.by_group(z_RD.detach())))
         log_negatives_BSC = _LogNegatives.apply(z_RD, foreign_RD, temperature_3, offset_3, plan)
         logit_BSS = torch.cat([_within(own, z_RD, temperature_3, offset_3),

@@ -1,0 +1,138 @@
+"""What is evaluated: a checkpoint of ours, or any open_clip model with a weights file, behind one set of functions.
+
+B batch, L tokens, W width of the image tower, D embedding.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.console import InputError, existing
+from pipeline.files import sha256_of
+from pipeline.images import upright_rgb
+from pipeline.replay import center_crop, eval_view
+from pipeline.replay import view as draw
+from trainer.checkpoint import TOKENIZER, Loaded, load_model
+
+CROP_NAME = "central square, bicubic {} px, CLIP mean and std, identity vector, fp32"
+
+Pixels = np.ndarray
+ImageEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model ready to be measured. `home` is where its results go, `text_sha256` tells its texts' embeddings apart.
+
+    view: encoded image → (3, S, S) float32; encode_image: (B, 3, S, S) → h (B, W), z (B, D); tokenize: texts →
+    (n, L) int64, and encode_text takes fewer columns when `trims`: nothing right of the end token changes z.
+    """
+
+    name: str
+    home: Path
+    weights_sha256: str
+    text_sha256: str
+    transform: str
+    device: torch.device
+    view: Callable[[bytes], Pixels]
+    encode_image: ImageEncoder
+    encode_text: Callable[[Tensor], Tensor]
+    tokenize: Callable[[list[str]], np.ndarray]
+    padding: int | None
+    model: torch.nn.Module
+
+    @property
+    def trims(self) -> bool:
+        """Whether texts may be encoded without their padding."""
+        return self.padding is not None
+
+
+def pick_device(name: str) -> str:
+    """"auto" is CUDA where there is a GPU. Raises InputError for a CUDA device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}, but torch sees no CUDA device: use --device cpu or auto")
+    return name
+
+
+def checkpoint_subject(path: Path, device: str = "auto") -> Subject:
+    """A run folder or a checkpoint folder of ours. Raises InputError when there is none or it is damaged."""
+    device = pick_device(device)
+    loaded = load_model(path, device)
+    return Subject(loaded.folder.name, loaded.run, loaded.weights_sha256, sha256_of(loaded.folder / TOKENIZER),
+                   CROP_NAME.format(loaded.image_size), torch.device(device),
+                   lambda data: eval_view(data, loaded.image_size), _our_images(loaded), loaded.model.encode_text,
+                   loaded.tokenizer, 0, loaded.model)
+
+
+def _our_images(loaded: Loaded) -> ImageEncoder:
+    """h and z of one pass: h is what the head is given."""
+    model, seen = loaded.model, []
+    model.image.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def encode(image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        seen.clear()
+        z_BD = model.encode_image(image_BCHW)
+        return seen.pop(), z_BD
+
+    return encode
+
+
+def open_clip_subject(arch: str, weights: Path, device: str = "auto") -> Subject:
+    """Any architecture open_clip knows with a weights file. Raises InputError."""
+    import open_clip
+
+    device = pick_device(device)
+    existing(weights, "weights file", "give a file that open_clip can load")
+    if arch not in open_clip.list_models():
+        raise InputError(f"open_clip {open_clip.__version__} knows no architecture {arch}: "
+                         "open_clip.list_models() lists them")
+    try:
+        made: Any = open_clip.create_model_and_transforms(arch, pretrained=str(weights))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{weights} does not fit {arch}: {str(error).splitlines()[0]}") from None
+    (model, _, transform), tokenize = made, open_clip.get_tokenizer(arch)
+    steps = " ".join(str(transform).split())
+    return Subject(arch, weights.parent, sha256_of(weights), hashlib.sha256(arch.encode()).hexdigest(),
+                   f"open_clip {steps}, fp32", torch.device(device), lambda data: transform(upright_rgb(data)).numpy(),
+                   _their_images(model.visual), model.encode_text, lambda texts: tokenize(texts).numpy(), None,
+                   model.eval().to(device))
+
+
+def _their_images(visual: torch.nn.Module) -> ImageEncoder:
+    """h is the feature before the projection where the tower has one as a matrix (its ViTs), z itself elsewhere."""
+    projection = getattr(visual, "proj", None)
+    if not isinstance(projection, torch.nn.Parameter):
+        return lambda image_BCHW: (z_BD := visual(image_BCHW), z_BD)
+
+    def encode(image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        h_BW = visual(image_BCHW)
+        return h_BW, h_BW @ projection
+
+    visual.proj = None  # type: ignore[assignment]  # the tower then returns what it would have projected
+    return encode
+
+
+def our_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
+    """A decoded picture as our checkpoints see it, for other harnesses."""
+
+    def transform(image: Image.Image) -> Tensor:
+        upright = image.convert("RGB") if image.mode == "RGB" else upright_rgb(_png(image))
+        return torch.from_numpy(draw(upright, center_crop(*upright.size), image_size))
+
+    return transform
+
+
+def _png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,128 @@
+"""Duplicates inside an index → its group column; overlap with evaluation sets → a skip list."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pipeline.evalsets import EvalSet
+from pipeline.files import replacing, write_json
+from pipeline.hashes import evalset_hashes, index_hashes, near_pairs
+from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index
+from pipeline.schema import INDEX, INDEX_BATCH_ROWS
+from pipeline.skips import write_skips
+
+DISTANCE = 4  # of 64 bits: re-encoded and resized copies are 0 to 4 apart, other photographs hardly ever below 10
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows that share their bytes, their pixels or their look with another row, and the groups they form."""
+
+    bytes: int
+    pixels: int
+    look: int
+    groups: int
+    rows: int
+    largest: int
+
+
+def duplicates(index: Index, distance: int = DISTANCE, workers: int | None = None) -> Found:
+    """Fill the index's group column: equal for rows of one group, −1 for rows that are alone. The fingerprint stays."""
+    hashes = index_hashes(index, workers)
+    edges = [_equal(hashes["bytes"]), _equal(hashes["pixels"]), _near(hashes, distance)]
+    group = _groups(np.concatenate(edges, axis=1), index.columns(np.arange(len(index)))["sample_id"])
+    sizes = np.unique(group[group >= 0], return_counts=True)[1]
+    found = Found(*(len(np.unique(edge)) for edge in edges), groups=len(sizes), rows=int(sizes.sum()),
+                  largest=int(sizes.max(initial=0)))
+    _write_groups(index.folder / INDEX_NAME, group)
+    write_json(index.folder / MANIFEST_NAME, {**index.manifest, "duplicates": {"distance": distance, **vars(found)}})
+    return found
+
+
+def _equal(values: np.ndarray) -> np.ndarray:
+    """Pairs (2, E) that chain rows of equal values."""
+    order = np.argsort(values, kind="stable")
+    same = values[order][1:] == values[order][:-1]
+    return np.stack([order[:-1][same], order[1:][same]])
+
+
+def _near(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """Pairs (2, E) of rows that look alike."""
+    rows = np.flatnonzero(hashes["telling"])
+    looks, first = np.unique(hashes["look"][rows], return_index=True)
+    pairs = [np.stack(pair) for pair in near_pairs(looks, distance)] if distance else []
+    between = np.concatenate([np.empty((2, 0), np.int64), *pairs], axis=1)
+    return np.concatenate([rows[_equal(hashes["look"][rows])], rows[first[between]]], axis=1)
+
+
+def _groups(edges: np.ndarray, sample_id: np.ndarray) -> np.ndarray:
+    """Each row's group, named by the smallest id in it; −1 where a row is alone."""
+    rows = len(sample_id)
+    graph = coo_array((np.ones(edges.shape[1], np.bool_), (edges[0], edges[1])), shape=(rows, rows))
+    count, label = connected_components(graph, directed=False)
+    name = np.full(count, np.iinfo(np.int64).max)
+    np.minimum.at(name, label, sample_id)
+    return np.where(np.bincount(label, minlength=count)[label] > 1, name[label], -1)
+
+
+def _write_groups(path: Path, group: np.ndarray) -> None:
+    """The same index with another group column."""
+    with pa.memory_map(str(path)) as source, replacing(path) as temporary:
+        file = pa.ipc.open_file(source)
+        with pa.ipc.new_file(temporary, INDEX) as writer:
+            for number in range(file.num_record_batches):
+                batch = file.get_batch(number)
+                start = number * INDEX_BATCH_ROWS
+                column = pa.array(group[start:start + batch.num_rows], pa.int64())
+                writer.write_batch(batch.set_column(INDEX.get_field_index("group"), INDEX.field("group"), column))
+
+
+def overlap(index: Index, evalsets: list[EvalSet], out: Path, distance: int = DISTANCE,
+            workers: int | None = None) -> dict[str, dict[str, int]]:
+    """Write a skip list of the rows that are images of an evaluation set; set → how many by kind of likeness."""
+    hashes = index_hashes(index, workers)
+    ids = index.columns(np.arange(len(index)))["sample_id"]
+    reasons: dict[int, str] = {}
+    counts: dict[str, dict[str, int]] = {}
+    for evalset in evalsets:
+        keys, theirs = evalset_hashes(evalset, workers)
+        name = f"{evalset.name}/{evalset.split}"
+        found = {kind: _match(hashes, theirs, kind, distance) for kind in ("bytes", "pixels", "look")}
+        counts[name] = {kind: len(rows) for kind, rows in found.items()}
+        for kind, rows in found.items():
+            for row, match in rows.items():
+                reasons.setdefault(int(ids[row]), f"overlap with {name}, key {keys[match]}, by {kind}")
+    write_skips(out, reasons)
+    return counts
+
+
+def _match(ours: np.ndarray, theirs: np.ndarray, kind: str, distance: int) -> dict[int, int]:
+    """Row of ours → a row of theirs that is like it."""
+    mine, other = np.arange(len(ours)), np.arange(len(theirs))
+    if kind == "look":
+        mine, other = np.flatnonzero(ours["telling"]), np.flatnonzero(theirs["telling"])
+    values, first = np.unique(theirs[kind][other], return_index=True)
+    if not len(values):
+        return {}
+    at = np.minimum(np.searchsorted(values, ours[kind][mine]), len(values) - 1)
+    hit = values[at] == ours[kind][mine]
+    found = dict(zip(mine[hit].tolist(), other[first[at[hit]]].tolist(), strict=True))
+    return found | _match_near(ours, theirs, mine, other, distance) if kind == "look" and distance else found
+
+
+def _match_near(ours: np.ndarray, theirs: np.ndarray, mine: np.ndarray, other: np.ndarray,
+                distance: int) -> dict[int, int]:
+    looks, code = np.unique(np.concatenate([theirs["look"][other], ours["look"][mine]]), return_inverse=True)
+    their_row = np.full(len(looks), -1)
+    their_row[code[:len(other)]] = other
+    like = np.full(len(looks), -1)  # a row of theirs that looks like this word
+    for i, j in near_pairs(looks, distance):
+        for one, two in ((i, j), (j, i)):
+            known = their_row[two] >= 0
+            like[one[known]] = their_row[two[known]]
+    rows = like[code[len(other):]]
+    return dict(zip(mine[rows >= 0].tolist(), rows[rows >= 0].tolist(), strict=True))

@@ -1,0 +1,127 @@
+"""What an image is known by: its bytes, its pixels, and how it looks. Kept for each tar beside the index."""
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.evalsets import EvalSet
+from pipeline.files import replacing
+from pipeline.images import Undecodable, upright_rgb
+from pipeline.index import Index
+from pipeline.processes import in_processes
+from pipeline.progress import Meter
+from pipeline.scans import SCANS_NAME
+
+HASHES = np.dtype([("offset", np.int64), ("bytes", np.uint64), ("pixels", np.uint64), ("look", np.uint64),
+                   ("telling", np.bool_)])  # telling: whether there is enough in the picture for `look` to mean anything
+_FLAT = 4.0  # standard deviation of grey levels below which a perceptual hash is noise
+_SEED = 0x756E69  # of nothing but the cache's name: changes when the meaning of a column does
+
+
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def hashes_of(data: bytes) -> tuple[int, int, int, bool]:
+    """bytes, pixels, look, telling of one encoded image; without pixels and look where it cannot be decoded."""
+    from imagehash import phash
+
+    exact = _digest(data)
+    try:
+        image = upright_rgb(data)
+    except Undecodable:
+        return exact, exact, 0, False
+    pixels = _digest(b"%d %d " % image.size + image.tobytes())
+    grey = image.convert("L").resize((32, 32))
+    look = int.from_bytes(np.packbits(phash(image).hash.ravel()).tobytes(), "big")
+    return exact, pixels, look, bool(np.asarray(grey).std() >= _FLAT)
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: Path) -> Index:
+    return Index.open(folder)
+
+
+def _kept_at(index: Index, shard: int) -> Path:
+    return index.folder / SCANS_NAME / f"{index.manifest['shards'][shard]['sha256'][:24]}.{_SEED:x}.npy"
+
+
+def _rows(index: Index, shard: int) -> np.ndarray:
+    return np.arange(*index.shard_starts[shard:shard + 2])
+
+
+def _hash_shard(folder: Path, shard: int) -> int:
+    index = _opened(folder)
+    at = index.columns(_rows(index, shard))
+    found = np.zeros(len(at["offset"]), HASHES)
+    with (index.folder / index.shards[shard]).open("rb") as file:
+        for row, (offset, size) in enumerate(zip(at["offset"], at["size"], strict=True)):
+            file.seek(offset)
+            found[row] = (offset, *hashes_of(file.read(size)))
+    with replacing(_kept_at(index, shard)) as temporary, temporary.open("wb") as file:
+        np.save(file, np.sort(found, order="offset"))
+    return shard
+
+
+def _kept(index: Index, shard: int) -> np.ndarray | None:
+    """The hashes of a shard's rows in their order, if they have been computed."""
+    path, offsets = _kept_at(index, shard), index.columns(_rows(index, shard))["offset"]
+    if not path.exists():
+        return None
+    known = np.load(path)
+    if not len(known):
+        return known if not len(offsets) else None
+    at = np.minimum(np.searchsorted(known["offset"], offsets), len(known) - 1)
+    return known[at] if (known["offset"][at] == offsets).all() else None
+
+
+def index_hashes(index: Index, workers: int | None = None) -> np.ndarray:
+    """HASHES of every row. Interrupted, the next call goes on; only new shards are read."""
+    shards = range(len(index.shards))
+    fresh = [shard for shard in shards if _kept(index, shard) is None]
+    with Meter("hashing tars", len(shards), len(shards) - len(fresh)) as meter:
+        done = in_processes(partial(_hash_shard, index.folder), fresh, workers) if fresh else iter(())
+        for count, _ in enumerate(done, len(shards) - len(fresh) + 1):
+            meter.at(count)
+    kept = [hashes for shard in shards if (hashes := _kept(index, shard)) is not None]
+    return np.concatenate(kept) if kept else np.empty(0, HASHES)
+
+
+def _hash_examples(evalset: EvalSet, shard: Path) -> list[tuple[str, tuple[int, int, int, bool]]]:
+    return [(key, hashes_of(image)) for key, image, _ in evalset.read(shard)]
+
+
+def evalset_hashes(evalset: EvalSet, workers: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Keys and HASHES (offset unused) of an evaluation set."""
+    found = [one for part in in_processes(partial(_hash_examples, evalset), evalset.shards, workers) for one in part]
+    return [key for key, _ in found], np.array([(0, *hashes) for _, hashes in found], HASHES)
+
+
+def bits_apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Hamming distance of 64-bit words."""
+    return np.unpackbits((one ^ other).view(np.uint8).reshape(-1, 8), axis=1).sum(1)
+
+
+def near_pairs(looks: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places (i, j) of all pairs of distinct 64-bit words at most `distance` bits apart; some more than once.
+
+    Cut into distance + 2 pieces, two such words agree in two pieces at least: only words that do are compared.
+    """
+    cuts = np.linspace(0, 64, distance + 3).astype(int)
+    masks = [((1 << int(stop - start)) - 1) << int(start) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    for one, other in combinations(masks, 2):
+        key = looks & np.uint64(one | other)
+        order = np.argsort(key, kind="stable")
+        key, places = key[order], np.arange(len(order))
+        for step in range(1, len(order)):
+            places = places[places + step < len(order)]
+            places = places[key[places] == key[places + step]]
+            if not len(places):
+                break
+            i, j = order[places], order[places + step]
+            close = bits_apart(looks[i], looks[j]) <= distance
+            yield i[close], j[close]

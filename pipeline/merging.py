@@ -1,0 +1,130 @@
+"""Several indexes → one, as Open30M is made: equal ids unite with their captions, shards stay where they are."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.console import InputError, WorkFailed
+from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index
+from pipeline.indexing import assemble
+from pipeline.schema import INDEX_BATCH_ROWS
+from pipeline.skips import FORGOTTEN_NAME, forgotten, write_skips
+from pipeline.survival import FORGOTTEN
+from pipeline.tars import ROWS
+
+
+@dataclass(frozen=True)
+class Input:
+    """An index to unite. weight: how often an epoch should see each of its samples."""
+
+    folder: Path
+    weight: float = 1.0
+
+
+def parse_input(text: str) -> Input:
+    """`DIR` or `DIR=WEIGHT` as the command takes it."""
+    folder, equals, weight = text.rpartition("=")
+    if not equals or Path(text).is_dir():
+        return Input(Path(text))
+    try:
+        return Input(Path(folder), float(weight))
+    except ValueError:
+        raise InputError(f"{text!r}: {weight!r} is no weight; write DIR or DIR=WEIGHT, as in shards/cc3m=2") from None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One shard of an index, without what is forgotten. `name` is seen from the merged index's folder."""
+
+    index: Index
+    number: int
+    name: str
+    dropped: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return self.index.manifest["shards"][self.number]["size"]
+
+    @property
+    def sha256(self) -> str:
+        return self.index.manifest["shards"][self.number]["sha256"]
+
+    @property
+    def sources(self) -> frozenset[str]:
+        return frozenset(self.index.manifest["sources"])
+
+    @cached_property
+    def _all_ids(self) -> np.ndarray:
+        return self.index.columns(np.arange(*self.index.shard_starts[self.number:self.number + 2]))["sample_id"]
+
+    @cached_property
+    def _kept(self) -> np.ndarray:
+        return ~np.isin(self._all_ids, self.dropped)
+
+    @property
+    def gone(self) -> int:
+        return int((~self._kept).sum())
+
+    @property
+    def sample_id(self) -> np.ndarray:
+        return self._all_ids[self._kept]
+
+    def rows(self) -> pa.Table:
+        table = rows_between(self.index, *self.index.shard_starts[self.number:self.number + 2])
+        table = table.set_column(table.schema.get_field_index("source"), "source", table["source"].cast(pa.string()))
+        return table.select(ROWS.names).cast(ROWS).filter(pa.array(self._kept))
+
+
+def rows_between(index: Index, start: int, stop: int) -> pa.Table:
+    """Rows start … stop of an index as an Arrow table."""
+    with pa.memory_map(str(index.folder / INDEX_NAME)) as source:
+        file = pa.ipc.open_file(source)
+        first, last = int(start) // INDEX_BATCH_ROWS, -(-int(stop) // INDEX_BATCH_ROWS)
+        table = pa.Table.from_batches([file.get_batch(number) for number in range(first, last)], schema=file.schema)
+        return table.slice(int(start) - first * INDEX_BATCH_ROWS, int(stop - start)).unify_dictionaries()
+
+
+def _weights(indexes: list[tuple[Index, float]]) -> dict[str, float]:
+    """Source → weight. Raises InputError where one source would have two."""
+    weights: dict[str, float] = {}
+    for index, weight in indexes:
+        if weight < 0:
+            raise InputError(f"{index.folder}: the weight {weight} is negative")
+        for source in index.manifest["sources"]:
+            if weights.setdefault(source, weight) != weight:
+                raise InputError(f"source {source!r} would weigh both {weights[source]} and {weight}: give its indexes the "
+                                 "same weight")
+    return weights
+
+
+def merge(out: Path, inputs: list[Input], command: str = "") -> dict:
+    """Unite indexes into OUT/index.arrow; returns the manifest. The first index that has an id keeps its image.
+
+    What is forgotten in one of them is left out of all. Raises InputError, and WorkFailed where nothing is left.
+    """
+    indexes = [(Index.open(one.folder), one.weight) for one in inputs]
+    weights = _weights(indexes)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    gone = {key: reason for folder in (*(index.folder for index, _ in indexes), out)
+            for key, reason in forgotten(folder).items()}
+    dropped = np.fromiter(gone, np.int64, len(gone))
+    shards = [_Part(index, number, _seen_from(out, index.folder / name), dropped)
+              for index, _ in indexes for number, name in enumerate(index.shards)]
+    left = sum(shard.gone for shard in shards)
+    if not sum(len(shard.sample_id) for shard in shards):
+        raise WorkFailed(f"{out}: no sample is left of {len(inputs)} indexes")
+    if gone:
+        write_skips(out / FORGOTTEN_NAME, gone)
+    more = {"weights": weights, "merged_from": [
+        {"folder": os.path.relpath(index.folder, out), "fingerprint": index.fingerprint, "samples": len(index),
+         "weight": weight, "excluded": index.manifest["counts"]["excluded"]} for index, weight in indexes]}
+    return assemble(out, shards, {FORGOTTEN: left} if left else {}, command, more)
+
+
+def _seen_from(folder: Path, shard: Path) -> str:
+    return Path(os.path.relpath(shard.absolute(), folder.absolute())).as_posix()

@@ -1,0 +1,107 @@
+"""What was found in each tar, kept beside the tars, so that only new and changed ones are read again."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.files import replacing
+from pipeline.processes import in_processes
+from pipeline.progress import Meter
+from pipeline.schema import SCHEMA_VERSION
+from pipeline.tars import ROWS, scan
+
+SCANS_NAME = ".scans"  # hidden, and of no use to anybody else: it may be deleted at any time
+_NONE = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """A shard whose rows wait in an Arrow file; `gone`: those that a takedown has taken out, no longer among them."""
+
+    name: str
+    path: Path
+    sample_id: np.ndarray
+    gone: np.ndarray
+    sources: frozenset[str]
+    unusable: list[tuple[str, str]]
+    size: int
+    sha256: str
+
+    def rows(self) -> pa.Table:
+        """Schema ROWS."""
+        table = _read(self.path)
+        return table.filter(pa.array(~self.gone)) if self.gone.any() else table
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def scan_path(folder: Path, name: str) -> Path:
+    """Where the scan of a tar is kept."""
+    return folder / SCANS_NAME / f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}.arrow"
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes with a tar's content: size, time of change, and how we scan."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, SCHEMA_VERSION]
+
+
+def _scan_to_file(folder: Path, name: str) -> str:
+    stamp, shard = _stamp(folder / name), scan(folder / name)
+    told = {"stamp": stamp, "size": shard.size, "sha256": shard.sha256, "unusable": shard.unusable}
+    schema = ROWS.with_metadata({"scan": json.dumps(told)})
+    with replacing(scan_path(folder, name)) as temporary, pa.ipc.new_file(temporary, schema) as writer:
+        writer.write_table(shard.rows.cast(schema))
+    return name
+
+
+def _load(folder: Path, name: str, forgotten: np.ndarray) -> Scanned | None:
+    """The scan of a tar; None when there is none, or the tar has changed since."""
+    path = scan_path(folder, name)
+    try:
+        table = _read(path)
+        told = json.loads((table.schema.metadata or {})[b"scan"])
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+        return None
+    if told["stamp"] != _stamp(folder / name) or table.schema.names != ROWS.names:
+        return None
+    ids = table["sample_id"].to_numpy()
+    gone = np.isin(ids, forgotten)
+    return Scanned(name, path, ids[~gone], gone, frozenset(table["source"].unique().to_pylist()),
+                   [(key, reason) for key, reason in told["unusable"]], told["size"], told["sha256"])
+
+
+def scanned(folder: Path, names: list[str], workers: int | None, forgotten: np.ndarray = _NONE) -> list[Scanned]:
+    """Every tar's scan, in the order of `names`. Interrupted, the next call goes on."""
+    found = {name: shard for name in names if (shard := _load(folder, name, forgotten))}
+    samples = sum(len(shard.sample_id) for shard in found.values())
+    with Meter("indexing tars", len(names), len(found)) as meter:
+        for name in _fresh(folder, [name for name in names if name not in found], workers):
+            shard = _load(folder, name, forgotten)
+            assert shard is not None, f"{name} changes while it is read"
+            found[name] = shard
+            samples += len(shard.sample_id)
+            meter.at(len(found), f"{samples:,} samples")
+    _tidy(folder, names)
+    return [found[name] for name in names]
+
+
+def _fresh(folder: Path, names: list[str], workers: int | None) -> Iterator[str]:
+    return in_processes(partial(_scan_to_file, folder), names, workers) if names else iter(())
+
+
+def _tidy(folder: Path, names: list[str]) -> None:
+    """Remove the scans of tars that are no longer there."""
+    wanted = {scan_path(folder, name) for name in names}
+    for path in (folder / SCANS_NAME).glob("*.arrow"):
+        if path not in wanted:
+            path.unlink()

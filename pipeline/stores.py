@@ -1,0 +1,75 @@
+"""A folder to put finished files into: on this machine, or behind any fsspec URL (s3://…, gs://…, memory://…)."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipeline.files import write_json
+
+
+class Store:
+    """Files by name in one folder. A name that exists is a whole file: local ones are renamed, objects are put whole."""
+
+    def __init__(self, place: str | os.PathLike):
+        self.url = os.fspath(place)
+        self.local = None if "://" in self.url else Path(self.url)
+        if self.local is None:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __reduce__(self):
+        return Store, (self.url,)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def under(self, name: str) -> "Store":
+        """A folder in this one."""
+        return Store(f"{self.url.rstrip('/')}/{name}")
+
+    def exists(self, name: str) -> bool:
+        return (self.local / name).exists() if self.local else self._fs.exists(self._path(name))
+
+    def names(self) -> set[str]:
+        """What the folder holds; nothing where it is not there."""
+        if self.local:
+            return {path.name for path in self.local.iterdir()} if self.local.is_dir() else set()
+        self._fs.invalidate_cache()
+        try:
+            return {entry.rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._root, detail=False)}
+        except FileNotFoundError:
+            return set()
+
+    def read(self, name: str) -> bytes:
+        return (self.local / name).read_bytes() if self.local else self._fs.cat_file(self._path(name))
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self.local:
+            write_json(self.local / name, value)
+        else:
+            self._fs.pipe_file(self._path(name), json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+    def take(self, path: Path) -> None:
+        """Move a finished file of this machine here, under its own name."""
+        if self.local:
+            path.replace(self.local / path.name)
+            return
+        self._fs.put_file(str(path), self._path(path.name))
+        path.unlink()
+
+    def remove(self, name: str) -> None:
+        """Nothing happens where it is not there."""
+        if self.local:
+            (self.local / name).unlink(missing_ok=True)
+        else:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(name))

@@ -1,0 +1,67 @@
+"""The alarm names what was done to the order of the classes, and is silent about honest sets."""
+
+import numpy as np
+import pytest
+
+from evaluation.alarm import permuted
+from evaluation.catalogue import classnames
+
+NAMES = [f"thing {letter}" for letter in "qwertyuiopasdfghjklz"]
+
+
+def answers(label_N: np.ndarray, classes: int, accuracy: float, seed: int = 0) -> np.ndarray:
+    """What a model of that accuracy says."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(len(label_N)) < accuracy, label_N, rng.integers(0, classes, len(label_N)))
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.05, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("classes", [2, 5, 20, 200])
+def test_an_honest_set_is_quiet(accuracy: float, classes: int) -> None:
+    names = [f"n{i * 7919 % 1000:03d}" for i in range(classes)]
+    for seed in range(5):
+        label_N = np.random.default_rng(seed).integers(0, classes, 1500)
+        assert permuted(label_N, answers(label_N, classes, accuracy, seed), names) is None
+
+
+def test_an_honest_model_with_favourite_confusions_is_quiet() -> None:
+    rng = np.random.default_rng(3)
+    label_N = rng.integers(0, 20, 4000)
+    said_N = np.where(rng.random(4000) < 0.45, (label_N + 1) % 20, answers(label_N, 20, 0.8))  # often takes one for the next
+    assert permuted(label_N, said_N, NAMES) is None
+
+
+def mistaken(true_N: np.ndarray, names: list[str], wrong: list[str]) -> str | None:
+    """The alarm when line i of classnames.txt should be names[i] and is wrong[i]; the model is right 7 times in 10."""
+    at = {name: line for line, name in enumerate(wrong)}
+    said_N = np.array([at[names[i]] for i in answers(true_N, len(names), 0.7)])
+    return permuted(true_N, said_N, wrong)
+
+
+def test_causes_are_named() -> None:
+    label_N = np.random.default_rng(0).integers(0, 20, 1500)
+    ascii_sorted = sorted(NAMES)
+    mixed = [name.title() if i % 3 else name for i, name in enumerate(sorted(NAMES))]
+    as_text = [NAMES[i] for i in sorted(range(20), key=lambda i: str(i + 1))]
+    for names, wrong, cause in (
+            (NAMES, NAMES[1:] + NAMES[:1], "labels count from 1"), (NAMES, NAMES[-1:] + NAMES[:-1], "a line too many"),
+            (NAMES, NAMES[::-1], "reverse order"), (ascii_sorted, NAMES, "names in ASCII order"),
+            (sorted(mixed, key=str.casefold), sorted(mixed), "without regard to case"),
+            (NAMES, as_text, "labels follow the numbers"), (as_text, NAMES, "numbers sorted as text")):
+        found = mistaken(label_N, names, wrong)
+        assert found and cause in found, (cause, found)
+        assert " of 20 classes in another order" in found
+
+
+def test_the_published_order_of_flowers_is_recognised() -> None:
+    names = list(classnames("flowers102"))
+    label_N = np.random.default_rng(1).integers(0, 102, 6149)
+    found = mistaken(label_N, names, sorted(names))
+    assert found and "the set's published order" in found
+
+
+def test_any_other_order_is_found_and_described() -> None:
+    label_N = np.random.default_rng(2).integers(0, 20, 1500)
+    wrong = [NAMES[i] for i in np.random.default_rng(5).permutation(20)]
+    found = mistaken(label_N, NAMES, wrong)
+    assert found and "names and labels were permuted" in found and "looks like" in found

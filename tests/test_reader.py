@@ -1,0 +1,209 @@
+"""Bytes by offset from disk or afar: equal, bounded in space and time, and never the end of a run."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, encoded, picture
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline.console import InputError, WorkFailed
+from pipeline.index import Index
+from pipeline.indexing import build
+from pipeline.ledger import Ledger
+from pipeline.loader import Loader
+from pipeline.reader import Place, ReadAhead, RemoteShards, ShardReader
+from pipeline.recipe import Cursor, Recipe
+from pipeline.sampling import STRONG, WEAK
+
+RECIPE = Recipe((WEAK, STRONG), 16, "pillow", 1)
+
+
+def write(path: Path, numbers: range) -> None:
+    """A tar of captioned pictures."""
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            for suffix, data in (("jpg", encoded(picture(number))), ("txt", f"picture {number}".encode())):
+                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory) -> Index:
+    """Two tars of 60 samples, also at memory://bucket."""
+    folder = tmp_path_factory.mktemp("remote")
+    for shard in range(2):
+        write(folder / f"{shard}.tar", range(60 * shard, 60 * shard + 60))
+        MemoryFileSystem().pipe_file(f"/bucket/{shard}.tar", (folder / f"{shard}.tar").read_bytes())
+    build(folder, 1)
+    return Index.open(folder)
+
+
+def loader(index: Index, place: Place, ledger: Ledger | None = None, recipe: Recipe = RECIPE, batch: int = 20) -> Loader:
+    cursor = Cursor(5, 0, index.fingerprint, recipe.fingerprint())
+    return Loader(index, lambda c: np.zeros((len(c), 4), np.int64), recipe, cursor, batch, ledger=ledger, place=place)
+
+
+def sizes(index: Index) -> list[int]:
+    return [shard["size"] for shard in index.manifest["shards"]]
+
+
+def members(index: Index) -> list[tuple[int, int, int]]:
+    columns = index.columns(np.arange(len(index)))
+    return list(zip(*(columns[name].tolist() for name in ("shard", "offset", "size")), strict=True))
+
+
+def test_remote_shards_are_the_local_ones(remote, tmp_path):
+    local = ShardReader(remote.folder, remote.shards)
+    afar = RemoteShards("memory://bucket", remote.shards, sizes(remote), tmp_path / "cache", 10**9)
+    for member in members(remote)[::7]:
+        assert afar.read(*member) == local.read(*member)
+    afar.expect([0, 1])
+    deadline = time.monotonic() + 10
+    while len(copies(tmp_path / "cache")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    MemoryFileSystem().store.pop("/bucket/" + remote.shards[0])
+    try:
+        for member in members(remote)[::7]:
+            assert afar.read(*member) == local.read(*member), "not from the cache"
+    finally:
+        MemoryFileSystem().pipe_file("/bucket/" + remote.shards[0], (remote.folder / remote.shards[0]).read_bytes())
+    afar.close()
+
+
+def copies(cache: Path) -> list[Path]:
+    return [path for path in cache.rglob("*.tar") if path.is_file()]
+
+
+def test_the_cache_stays_within_its_bound(remote, tmp_path):
+    bound = max(sizes(remote)) + 100
+    afar = RemoteShards("memory://bucket", remote.shards, sizes(remote), tmp_path / "cache", bound)
+    for wanted in ([0], [1], [0, 1], [1, 0]):
+        afar.expect(wanted)
+        time.sleep(0.2)
+        held = copies(tmp_path / "cache")
+        assert sum(path.stat().st_size for path in held) <= bound
+        assert len(held) == 1
+    afar.close()
+
+
+def test_training_reads_from_afar(remote, tmp_path):
+    here = [b for b, _ in islice(loader(remote, Place()), 4)]
+    there = [b for b, _ in islice(loader(remote, Place("memory://bucket", tmp_path / "c", 10**9)), 4)]
+    for a, b in zip(here, there, strict=True):
+        assert all((x == y).all() for x, y in zip(a.views, b.views, strict=True))
+        assert (a.sample_id == b.sample_id).all()
+
+
+def test_an_unknown_kind_of_url_is_refused(remote):
+    with pytest.raises(InputError, match="data.shards = 'nosuch://x'"):
+        loader(remote, Place("nosuch://x"))
+
+
+def test_a_stalled_read_is_a_bad_sample_and_keeps_nobody(remote, monkeypatch, tmp_path):
+    stalled, release = members(remote)[5], threading.Event()
+    real = ShardReader.read
+
+    def read(self, *member):
+        if member == stalled:
+            release.wait(30)
+        return real(self, *member)
+
+    monkeypatch.setattr(ShardReader, "read", read)
+    stream = iter(loader(remote, Place(timeout=0.3), Ledger(tmp_path / "bad.jsonl", 0.05)))
+    began = time.monotonic()
+    batches = [batch for batch, _ in islice(stream, 6)]
+    assert time.monotonic() - began < 20
+    stream.close()
+    release.set()
+    assert sum(int((~batch.valid).sum()) for batch in batches) == 1
+    line = json.loads((tmp_path / "bad.jsonl").read_text())
+    assert (line["key"], line["reason"]) == (remote.key(5), "no answer in 0.3 s")
+
+
+def test_stuck_threads_are_replaced_and_end_with_their_read():
+    ahead, release = ReadAhead(2), threading.Event()
+    late = ahead.answers(ahead.ask([lambda: bool(release.wait(30))] * 6), 0.2)
+    assert all(isinstance(answer, TimeoutError) for answer in late)
+    assert ahead.answers(ahead.ask([lambda: 1, lambda: 1 // 0]), 5)[0] == 1
+    release.set()
+    ahead.close()
+    deadline = time.monotonic() + 5
+    while any(t.name == "reader" for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [t for t in threading.enumerate() if t.name == "reader"]
+
+
+@pytest.fixture(scope="module")
+def corrupt(tmp_path_factory) -> Index:
+    """200 samples, 5 % of them damaged after indexing in four ways."""
+    folder = tmp_path_factory.mktemp("corrupt")
+    write(folder / "0.tar", range(200))
+    build(folder, 1)
+    index = Index.open(folder)
+    data = bytearray((folder / "0.tar").read_bytes())
+    columns = index.columns(np.arange(200))
+    for n, row in enumerate(range(7, 200, 20)):
+        at, size = int(columns["offset"][row]), int(columns["size"][row])
+        damage = (bytes(size), bytes(range(100)), data[at : at + size // 2] + bytes(size - size // 2), b"<html>" * 20)[n % 4]
+        data[at : at + len(damage)] = damage
+    (folder / "0.tar").write_bytes(data)
+    return index
+
+
+@pytest.mark.parametrize("executor", ["dali", "pillow"])
+def test_five_percent_corrupt_images_are_counted_exactly_over_epochs(corrupt, tmp_path, executor):
+    ledger = Ledger(tmp_path / "bad.jsonl", 0.06)
+    recipe = Recipe((WEAK, STRONG), 16, executor, 1)
+    batches = [batch for batch, _ in islice(loader(corrupt, Place(), ledger, recipe, 40), 15)]
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert (ledger.seen, ledger.bad, len(lines)) == (600, 30, 30)
+    assert sum(int((~batch.valid).sum()) for batch in batches) == 30
+    assert len({line["key"] for line in lines}) == 10
+    assert {line["samples"] % 40 for line in lines} == {0}
+    resumed = Ledger.resumed(tmp_path / "bad.jsonl", 0.06, 600)
+    assert (resumed.seen, resumed.bad) == (600, 30)
+
+
+def test_a_one_percent_budget_stops_with_one_clear_line(corrupt):
+    with pytest.raises(WorkFailed, match=r"of \d+ samples could not be decoded, more than the budget of 1.00%"):
+        list(islice(loader(corrupt, Place(), Ledger(None, 0.01), batch=40), 15))
+
+
+def test_a_vanished_shard_costs_its_samples(corrupt):
+    stream = loader(corrupt, Place(url="/nowhere"), Ledger(None, 1.0))
+    batch = next(iter(stream))[0]
+    assert not batch.valid.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["dali", "pillow"])
+def test_memory_is_flat_over_epochs_with_bad_images(corrupt, executor):
+    """In a process of its own, where nothing else comes and goes."""
+    code = f"""
+import sys
+sys.path.insert(0, "tests")
+from test_reader import *
+stream = iter(loader(Index.open({str(corrupt.folder)!r}), Place(), Ledger(None, 1.0),
+                     Recipe((WEAK, STRONG, STRONG), 160, {executor!r}, 1), 50))
+marks = []
+for n, _ in enumerate(islice(stream, 72), 1):
+    if n % 4 == 0:
+        status = Path("/proc/self/status").read_text()
+        marks.append(int(next(line for line in status.splitlines() if "RssAnon" in line).split()[1]) // 1024)
+stream.close()
+print(*marks)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    marks = [int(word) for word in done.stdout.split()]
+    assert min(marks[12:]) <= min(marks[:6]) + 20, f"MB after each of 18 epochs: {marks}"

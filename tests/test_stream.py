@@ -1,0 +1,178 @@
+"""Tars without an index give the samples, captions, vectors and bytes that the index gives, and refuse what it refuses."""
+
+import hashlib
+import json
+import shutil
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pipeline import loader, stream
+from pipeline.console import InputError, WorkFailed
+from pipeline.index import Index
+from pipeline.indexing import build
+from pipeline.ledger import Ledger
+from pipeline.loader import Indexed
+from pipeline.reader import Place
+from pipeline.recipe import Cursor, Recipe
+from pipeline.sampling import STRONG, WEAK
+from pipeline.stream import Stream, shard_urls
+
+RECIPE = Recipe((WEAK, STRONG), 16, "pillow", 1)
+NONE = np.empty(0, np.int64)
+
+
+def tokens(captions: list[str]) -> np.ndarray:
+    """Four numbers that stand for a caption."""
+    return np.array([np.frombuffer(hashlib.sha256(c.encode()).digest(), np.int64) for c in captions])
+
+
+def start(data, batch: int, seen: int = 0, **options):
+    cursor = Cursor(5, seen, data.fingerprint, RECIPE.fingerprint(**data.chosen))
+    return data.loader(tokens, RECIPE, cursor, batch, **options)
+
+
+def epoch(data, samples: int, monkeypatch, batch: int = 24, **options) -> set[tuple]:
+    """(id, caption, vectors, bytes handed to the executor) of the first `samples` samples."""
+    module, handed = (loader if isinstance(data, Indexed) else stream), []
+    real = module.execute
+
+    def spy(executor, encoded, vectors, ids):
+        handed.extend(encoded)
+        return real(executor, encoded, vectors, ids)
+
+    monkeypatch.setattr(module, "execute", spy)
+    iterator = iter(start(data, batch, **options))
+    batches = [b for b, _ in islice(iterator, samples // batch)]
+    iterator.close()
+    ids, words, vectors = (torch.cat([getattr(b, name) for b in batches]) for name in ("sample_id", "tokens", "vectors"))
+    assert all(b.valid.all() for b in batches)
+    return {(int(i), tuple(w.ravel().tolist()), v.numpy().tobytes(), data)
+            for i, w, v, data in zip(ids, words, vectors, handed, strict=False)}
+
+
+@pytest.fixture(scope="module")
+def folder(scenes, tmp_path_factory) -> Path:
+    """The demonstration set as two tars of 60, indexed."""
+    made = tmp_path_factory.mktemp("two")
+    with tarfile.open(next((scenes / "train").glob("*.tar"))) as tar:
+        members = tar.getmembers()
+        for number in range(2):
+            with tarfile.open(made / f"{number:03d}.tar", "w") as part:
+                for member in members[number * len(members) // 2 : (number + 1) * len(members) // 2]:
+                    part.addfile(member, tar.extractfile(member))
+    build(made, 1)
+    return made
+
+
+@pytest.fixture
+def pattern(folder) -> str:
+    return f"{folder}/{{000..001}}.tar"
+
+
+def test_stream_and_index_give_equal_sets(folder, pattern, monkeypatch):
+    indexed = epoch(Indexed.open(folder, {}, NONE, Place()), 120, monkeypatch)
+    streamed = epoch(Stream.open(pattern, NONE), 120, monkeypatch)
+    assert len(indexed) == 120
+    assert streamed == indexed
+
+
+def test_two_ranks_share_the_tars(folder, pattern, monkeypatch):
+    data = Stream.open(pattern, NONE)
+    ranks = [epoch(data, 60, monkeypatch, batch=10, rank=rank, world=2) for rank in range(2)]
+    assert ranks[0].isdisjoint(ranks[1])
+    with pytest.raises(InputError, match="2 tars for 3 processes"):
+        start(data, 12, rank=0, world=3)
+
+
+def test_a_remote_stream_is_the_local_one(folder, pattern, monkeypatch):
+    remote = MemoryFileSystem()
+    for path in folder.glob("*.tar"):
+        remote.pipe_file(f"/mirror/{path.name}", path.read_bytes())
+    local = epoch(Stream.open(pattern, NONE), 120, monkeypatch)
+    there = Stream.open(pattern.replace(str(folder), "memory://mirror"), NONE)
+    assert epoch(there, 120, monkeypatch) == local
+
+
+def test_skipped_ids_do_not_come(folder, pattern, monkeypatch):
+    index = Index.open(folder)
+    gone = np.sort(index.columns(np.arange(24))["sample_id"])
+    seen = {sample[0] for sample in epoch(Stream.open(pattern, gone), 96, monkeypatch)}
+    assert len(seen) == 96
+    assert not seen & set(gone.tolist())
+
+
+@pytest.mark.parametrize("pattern, message", [
+    ("pipe:curl http://x/{0..9}.tar", "would run a shell command"),
+    ("nowhere/{000..009}.tar", "nowhere/000.tar does not exist"),
+    (" ", "names no tar"),
+])
+def test_what_is_no_tar_is_refused(pattern, message):
+    with pytest.raises(InputError, match=message):
+        shard_urls(pattern)
+
+
+def damaged(whole: Path, folder: Path) -> tuple[str, int]:
+    """A copy of the set with six images overwritten and the second tar cut in half; how many samples are left."""
+    shutil.copytree(whole, folder)
+    index = Index.open(folder)
+    columns = index.columns(np.arange(len(index)))
+    first = int(index.shard_starts[1])
+    for row in range(0, 60, 10):
+        with (folder / index.shards[0]).open("r+b") as file:
+            file.seek(int(columns["offset"][row]))
+            file.write(b"\0" * int(columns["size"][row]))
+    second = folder / index.shards[1]
+    half = second.stat().st_size // 2
+    second.write_bytes(second.read_bytes()[:half])
+    left = int((columns["offset"][first:] + columns["size"][first:] + 2048 < half).sum())
+    return f"{folder}/{{000..001}}.tar", first - 6 + left
+
+
+def test_faults_are_lines_in_the_ledger_and_the_rest_trains(folder, tmp_path):
+    pattern, left = damaged(folder, tmp_path / "set")
+    ledger = Ledger(tmp_path / "bad.jsonl", 1.0)
+    iterator = iter(start(Stream.open(pattern, NONE), 10, ledger=ledger))
+    seen = torch.cat([b.sample_id for b, _ in islice(iterator, 2 * left // 10)])
+    iterator.close()
+    assert len(set(seen.tolist())) == left
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert len({line["key"] for line in lines if line["reason"] == "not an image"}) == 6
+    assert any(line["reason"].startswith("torn tar") for line in lines)
+
+
+def test_a_vanished_tar_is_a_line_and_the_budget_holds(folder, tmp_path):
+    pattern, _ = damaged(folder, tmp_path / "set")
+    data = Stream.open(pattern, NONE)
+    Path(data.urls[1]).unlink()
+    iterator = iter(start(data, 50, ledger=Ledger(tmp_path / "bad.jsonl", 0.05)))
+    with pytest.raises(WorkFailed, match=r"more than the budget of 5\.00%"):
+        list(islice(iterator, 20))
+    assert "cannot be opened" in (tmp_path / "bad.jsonl").read_text()
+    for url in data.urls[:1]:
+        Path(url).write_bytes(b"")
+    with pytest.raises(InputError, match="no usable sample in 2 tars"):
+        next(iter(start(data, 8, ledger=Ledger(None, 1.0))))
+
+
+def test_a_run_trains_from_a_stream_and_says_that_it_resumes_inexactly(folder, pattern, tmp_path):
+    small = {"model.image.size": 24, "model.image.width": 32, "model.image.depth": 1, "model.image.heads": 2,
+             "model.text.width": 32, "model.text.depth": 1, "model.text.heads": 2, "model.dim": 16, "optim.batch_size": 16,
+             "optim.samples": 64, "optim.warmup_samples": 0, "run.save_every_samples": 32, "data.threads": 1,
+             "data.executor": "pillow", "data.stream": pattern, "run.folder": tmp_path / "run"}
+    words = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+    done = command("uniclip-train", "run", "scenes-tiny", *words)
+    assert done.returncode == 0, done.stderr
+    assert "2 tars without an index (not exactly resumable)" in done.stdout
+    again = command("uniclip-train", "resume", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert "a stream is not exactly resumable" in again.stdout
+    both = command("uniclip-train", "run", "scenes-tiny", *words, "--set", "data.weights.cc=2.0")
+    assert both.returncode == 2
+    assert "need an index" in both.stderr
