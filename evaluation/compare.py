@@ -87,7 +87,7 @@ def _swapped(a: Outcome, b: Outcome, unit_Q: np.ndarray, units: int) -> float:
     gain_U = np.bincount(unit_Q, share_Q * (b.hit_Q.astype(float) - a.hit_Q), units)
     rng, seen, extreme = np.random.default_rng(SEED), abs(gain_U.sum()) - 1e-9, 0
     for _ in range(SWAPS // BLOCK):
-        sign_BU = rng.integers(0, 2, (BLOCK, units)) * 2.0 - 1
+        sign_BU = rng.integers(0, 2, (BLOCK, units), np.int8) * 2.0 - 1
         extreme += int((np.abs(sign_BU @ gain_U) >= seen).sum())
     return (extreme + 1) / (SWAPS + 1)
 

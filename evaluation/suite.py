@@ -32,7 +32,7 @@ def suite(bench: Bench, root: Path, split: str = "test") -> tuple[list[Row], lis
             plan = _planned(task, folder, split, templates, left)
             try:
                 rows += perform(task, bench, plan) if plan else []
-            except WorkFailed as error:  # one broken set must not cost the others
+            except (InputError, WorkFailed) as error:  # one broken set must not cost the others
                 left.append(f"{folder.name}, {task}: {error}")
     for line in left:
         say(f"not measured: {line}")
