@@ -16,12 +16,12 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.replay import BLUR_WINDOW
-from pipeline.schema import MEAN, STD
+from pipeline.schema import MEAN, STD, VECTOR_SIZE
 
 
 def _view(image, vector, size: int, device: str):
     """One view of one image; `vector` stays on the CPU because DALI takes named arguments only from there."""
-    at = [vector[i] for i in range(11)]
+    at = [vector[i] for i in range(VECTOR_SIZE)]
     start = fn.stack(at[1], at[0])
     end = fn.stack(at[1] + at[3], at[0] + at[2])
     view = fn.resize(image, device=device, size=[size, size], roi_start=start, roi_end=end, roi_relative=True,
