@@ -27,6 +27,9 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend
 
 VIEWS, TEXTS, WIDTH = 3, 1, 512
 LOSSES: dict[str, Callable[..., Tensor]] = {"dense": dense_loss, "tiled": tiled_loss}
+OTHERS: dict[str, Callable[..., Tensor]] = {"torch": partial(tiled_loss, backend="torch")}  # where Triton is the default
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+MOST_BYTES, LEAST_RATE = 4 * 2**30, 0.5  # asked of an H200 with 65,536 groups
 
 
 def inputs(groups: int, device: str, dtype: str) -> list[Tensor]:
@@ -40,7 +43,7 @@ def step(name: str, tensors: list[Tensor]) -> float:
     """Forward and backward → the loss."""
     for x in tensors:
         x.grad = None
-    loss = LOSSES[name]("mp_nce", *tensors)
+    loss = (LOSSES | OTHERS)[name]("mp_nce", *tensors)
     loss.backward()
     return loss.item()
 
@@ -96,7 +99,7 @@ def interleaved(names: list[str], groups: int, device: str, dtype: str, repeats:
     """Seconds of a step of each, and of a product, turn by turn after a first one. The losses must agree."""
     tensors = inputs(groups, device, dtype)
     losses = [step(name, tensors) for name in names]
-    if max(losses) - min(losses) > 1e-5 * abs(losses[0]):
+    if max(losses) - min(losses) > TOLERANCE[dtype] * abs(losses[0]):
         raise SystemExit(f"the losses differ: {dict(zip(names, losses, strict=True))}")
     works: dict[str, Callable] = {name: partial(step, name, tensors) for name in names}
     works["product"], _ = product(device, dtype)
@@ -118,6 +121,29 @@ def measure(names: list[str], groups: int, device: str, dtype: str, repeats: int
         row["time_ratio"] = median(t / d for t, d in zip(times["tiled"], times["dense"], strict=True))
         row["memory_ratio"] = row["bytes"]["tiled"] / row["bytes"]["dense"]
     return row
+
+
+def largest_difference(name: str, groups: int, device: str, dtype: str) -> float:
+    """Between the gradients of `name` and of the dense loss, relative to the largest: embeddings, τ, b."""
+    tensors = inputs(groups, device, dtype)
+    gradients = []
+    for loss in ("dense", name):
+        step(loss, tensors)
+        gradients.append([x.grad.float() for x in tensors if x.grad is not None])
+    return max(((x - y).abs().max() / y.abs().max()).item() for y, x in zip(*gradients, strict=True))
+
+
+def gpu_part(folder: Path, device: str = "cuda", small: int = 4096, large: int = 65_536) -> dict:
+    """A part of tools.gpu_check: Triton, PyTorch's tiles and dense where dense fits, then a batch where it does not."""
+    figures: dict = {"differences": {f"{name} {dtype}": largest_difference(name, small // 4, device, dtype)
+                                     for name in ("tiled", "torch") for dtype in ("float32", "bfloat16")}}
+    figures["small"] = measure(["dense", "tiled", "torch"], small, device, "bfloat16", 5)
+    figures["large"] = measure(["tiled"], large, device, "bfloat16", 3)
+    embeddings = large * (VIEWS + TEXTS) * WIDTH * 2
+    figures["bytes_with_inputs"] = figures["large"]["bytes"]["tiled"] + embeddings
+    precise = all(difference < (1e-3 if "float32" in name else 5e-2) for name, difference in figures["differences"].items())
+    return figures | {"passed": precise and figures["bytes_with_inputs"] <= MOST_BYTES
+                      and figures["large"]["rate_ratio"] >= LEAST_RATE}
 
 
 def table(rows: list[dict]) -> str:
