@@ -16,7 +16,6 @@ from evaluation.cache import Cache
 from evaluation.evaluate import Bench, evaluate
 from evaluation.probe import EXPONENTS, bisect, held_out
 from evaluation.regression import Problem
-from evaluation.subject import checkpoint_subject
 from evaluation.task import Job, Plan
 from pipeline.console import InputError
 from pipeline.evalsets import open_evalset, write_evalset
@@ -162,8 +161,8 @@ def test_the_whole_protocol_against_scikit_learn_on_photographs(tmp_path: Path, 
     exact_step, exact_path, exact_accuracy, _ = protocol(solver="newton-cholesky", tol=1e-8, max_iter=200)
     step, _, accuracy, seconds = protocol(max_iter=1000)
     with capsys.disabled():
-        print(f"\nprobe: λ 10^{EXPONENTS[our_step]:g}, accuracy {our_accuracy:.4f}, {our_seconds:.1f} s; scikit-learn exact: "
-              f"λ 10^{EXPONENTS[exact_step]:g}, {exact_accuracy:.4f}; L-BFGS of 1,000 steps: λ 10^{EXPONENTS[step]:g}, "
+        print(f"\nprobe: λ 10^{EXPONENTS[our_step]:g}, accuracy {our_accuracy:.4f}, {our_seconds:.1f} s; "
+              f"exact: λ 10^{EXPONENTS[exact_step]:g}, {exact_accuracy:.4f}; L-BFGS of 1,000 steps: λ 10^{EXPONENTS[step]:g}, "
               f"{accuracy:.4f}, {seconds:.1f} s = {seconds / our_seconds:.1f} times ours")
     assert our_step == exact_step and list(our_path) == list(exact_path)
     assert max(abs(our_path[s][0] - exact_path[s][0]) for s in our_path) <= 1.01 / len(held_N)
@@ -171,7 +170,7 @@ def test_the_whole_protocol_against_scikit_learn_on_photographs(tmp_path: Path, 
 
 
 def _photograph_features(archive: Path, tmp_path: Path):
-    """[(h, labels)] of train, validation and test, from colour statistics of 6 × 6 patches: plain, but not useless."""
+    """[(h, labels)] of train, validation and test, from 8 × 8 pixels: plain, but not useless."""
     import tarfile
 
     from PIL import Image
@@ -183,7 +182,7 @@ def _photograph_features(archive: Path, tmp_path: Path):
     for split in ("train", "validation", "test"):
         examples = list(open_evalset(folder, split).examples())
         import io
-        pixels = np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((13, 13), Image.Resampling.BOX),
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((8, 8), Image.Resampling.BOX),
                                       np.float32).ravel() for _, data, _ in examples]) / 255
         found.append((torch.from_numpy(pixels), np.array([label for *_, label in examples])))
     return found
