@@ -1,10 +1,10 @@
 """The documented recipe, word for word, on miniatures of the four published lists: from URL files to 50 training steps."""
 
+import contextlib
+import io
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,35 +14,45 @@ from shards import drawing
 from test_published import metadata_line
 from webserver import serving
 
+import pipeline.cli
+import trainer.cli
 from pipeline.index import Index
 from pipeline.skips import read_skips
 
 PER_LIST = 30
 STEPS = 50
-# The commands as documented, with what a miniature on loopback needs besides.
-PRELUDE = """
+# What a miniature on loopback needs besides what is documented.
+TINY = ["data.executor=pillow", f"optim.samples={8 * STEPS}", "optim.batch_size=8", "optim.warmup_samples=80",
+        "model.image.depth=1", "model.text.depth=1", "model.dim=32", "run.log_every=10"]
+BESIDES = {"urls": ["--expect", "0"], "retry": ["--distributor", "inline"], "index": ["--workers", "1"],
+           "download": ["--allow-address", "127.0.0.1", "--distributor", "inline", "--shard-size", "20"],
+           "run": [word for setting in TINY for word in ("--set", setting)]}
+# bash takes the page's blocks apart; the commands themselves run in this process, which imports torch once and not 22 times.
+RECORDER = """
 set -e
-uniclip-data() {
-    case "$1" in
-        urls) command uniclip-data "$@" --expect 0 ;;
-        download) command uniclip-data "$@" --allow-address 127.0.0.1 --distributor inline --shard-size 20 ;;
-        retry) command uniclip-data "$@" --distributor inline ;;
-        index) command uniclip-data "$@" --workers 1 ;;
-        *) command uniclip-data "$@" ;;
-    esac
-}
-uniclip-train() {
-    local run=$1; shift 2
-    command uniclip-train "$run" scenes-tiny "$@" --set data.executor=pillow --set optim.samples=400 \\
-        --set optim.batch_size=8 --set optim.warmup_samples=80 --set model.image.depth=1 --set model.text.depth=1 \\
-        --set model.dim=32 --set run.log_every=10
-}
+uniclip-data() { printf '%s\\0' data "$@"; echo; }
+uniclip-train() { printf '%s\\0' train "$@"; echo; }
 """
 
 
 def recipe() -> str:
     """All shell blocks of the page."""
     return "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "open30m.md").read_text(), re.DOTALL))
+
+
+def commands(folder: Path) -> list[list[str]]:
+    """Program and words of each command of the page."""
+    done = subprocess.run(["bash", "-c", RECORDER + recipe()], cwd=folder, capture_output=True, text=True, check=True)
+    return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+
+
+def _run(program: str, command: str, *words: str) -> None:
+    """One command of the page, in the current folder."""
+    expanded = [path for word in words for path in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    if program == "train":
+        expanded[0] = "scenes-tiny"
+    app = {"data": pipeline.cli.app, "train": trainer.cli.app}[program]
+    assert not app([command, *expanded, *BESIDES.get(command, [])], standalone_mode=False)
 
 
 def _write_lists(folder: Path, url) -> None:
@@ -69,15 +79,15 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("open30m")
     with serving() as site:
         _write_lists(folder, lambda number: site.url(f"/{number}.jpg"))
-        site.pages.update({f"/{number}.jpg": encoded(drawing(number % 100, 50 + number), quality=90)
+        site.pages.update({f"/{number}.jpg": encoded(drawing(number % 100).resize((50 + number,) * 2), quality=90)
                            for number in range(5 * PER_LIST) if number % 10})  # each tenth is a dead link
         tries = iter(range(100))
         site.pages["/5.jpg"] = lambda handler: None if next(tries) < 2 else _answer(handler, encoded(drawing(5)))
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(["bash", "-c", PRELUDE + recipe()], cwd=folder, env=environment, capture_output=True,
-                              text=True, timeout=500)
-        assert done.returncode == 0, done.stdout + done.stderr
-        yield folder, done.stdout
+        shown = io.StringIO()
+        with contextlib.chdir(folder), contextlib.redirect_stdout(shown):
+            for words in commands(folder):
+                _run(*words)
+        yield folder, shown.getvalue()
 
 
 def _answer(handler, body: bytes) -> None:
