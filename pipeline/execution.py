@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.images import Undecodable, plain_bytes, upright_rgb
 from pipeline.recipe import Executor, Views
 
+FORGOTTEN = "forgotten"  # the reason of a sample taken down after the index was made: nobody reads it, nobody counts it
 BLANK = b"P6 1 1 255\n\0\0\0"  # stands in for an image that cannot be decoded; its group is marked invalid
 
 

@@ -12,7 +12,8 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.execution import execute, fit, valid_mask
+from pipeline.execution import FORGOTTEN, execute, fit, valid_mask
+from pipeline.images import Undecodable
 from pipeline.index import Index
 from pipeline.ledger import Ledger
 from pipeline.order import Order
@@ -22,6 +23,7 @@ from pipeline.reader import Place, ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch
+from pipeline.skips import forgotten
 
 PREFETCHED_BATCHES = 2
 READ_AHEAD_BATCHES = 2
@@ -78,7 +80,8 @@ class Loader:
     """Iterates (Batch, Cursor after it) without end, from `cursor` on; threads work ahead.
 
     batch_size is the global one; this rank gets its slice. Captions and vectors are pure functions of the cursor.
-    plan: every row once unless given; place: where the shards are.
+    plan: every row once unless given; place: where the shards are. What forgotten.parquet beside the index names keeps
+    its place in the order, so that a run can go on after a takedown, and is never read again: valid = 0.
     """
 
     def __init__(self, index: Index, tokenizer: Callable[[list[str]], np.ndarray], recipe: Recipe, cursor: Cursor,
@@ -93,8 +96,11 @@ class Loader:
         self._shards = self._place.shards(index.folder, index.shards, [s["size"] for s in index.manifest["shards"]])
         self._executor = make_executor(recipe, device)
         self._ahead = ReadAhead()
+        self._forgotten = np.fromiter(forgotten(index.folder), np.int64)
 
-    def _read(self, shard: int, offset: int, size: int, plain: bool) -> bytes:
+    def _read(self, gone: bool, shard: int, offset: int, size: int, plain: bool) -> bytes:
+        if gone:
+            raise Undecodable(FORGOTTEN)
         return fit(self._shards.read(shard, offset, size), plain)
 
     def _draw(self, position: int) -> _Drawn:
@@ -111,7 +117,8 @@ class Loader:
         vectors = sample_vectors(seed, epochs[self._mine], repeats[self._mine], mine["sample_id"], sizes,
                                  self.recipe.kinds)
         self._shards.expect(self._order.window_shards(position))
-        wanted = zip(*(mine[name].tolist() for name in ("shard", "offset", "size", "plain")), strict=True)
+        gone = np.isin(mine["sample_id"], self._forgotten)
+        wanted = zip(gone.tolist(), *(mine[name].tolist() for name in ("shard", "offset", "size", "plain")), strict=True)
         reads = self._ahead.ask([partial(self._read, *member) for member in wanted])
         return _Drawn(position, rows[self._mine], mine, vectors, captions[self._mine], groups[self._mine], reads)
 
@@ -125,7 +132,8 @@ class Loader:
         (views, vectors, ids), bad = execute(self._executor, encoded, drawn.vectors, drawn.columns["sample_id"])
         tokens = torch.from_numpy(self.tokenizer(drawn.captions))[:, None]
         batch = Batch(views, vectors, tokens, ids, torch.from_numpy(drawn.groups), valid_mask(len(encoded), bad))
-        return to_device(batch, self.device), [self._line(drawn, b, bad[b]) for b in sorted(bad)]
+        lines = [self._line(drawn, b, bad[b]) for b in sorted(bad) if bad[b] != FORGOTTEN]
+        return to_device(batch, self.device), lines
 
     def batch_at(self, position: int) -> Batch:
         """The batch that starts at global position `position`, uncounted."""

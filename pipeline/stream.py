@@ -34,6 +34,7 @@ from pipeline.reader import ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch, sample_id_of
+from pipeline.skips import forgotten
 from pipeline.tars import IMAGE_SUFFIXES, Group, Unusable, row_of
 
 SHUFFLE_BUFFER = 4096  # encoded samples
@@ -58,20 +59,23 @@ def shard_urls(pattern: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Stream:
-    """Tars that are read in turn; samples whose id is in `skip_ids` (ascending) are passed over."""
+    """Tars that are read in turn; samples whose id is in `skip_ids` (ascending) are passed over.
+
+    `chosen` is what the configuration skips; forgotten.parquet beside local tars adds to `skip_ids` alone.
+    """
 
     urls: tuple[str, ...]
     skip_ids: np.ndarray
+    chosen: dict[str, object]
 
     @classmethod
     def open(cls, pattern: str, skip_ids: np.ndarray) -> "Stream":
         """Raises InputError."""
-        return cls(tuple(shard_urls(pattern)), skip_ids)
-
-    @property
-    def chosen(self) -> dict[str, object]:
-        """What the configuration takes out."""
-        return {"skip": digest(self.skip_ids) if len(self.skip_ids) else ""}
+        urls = tuple(shard_urls(pattern))
+        folders = {Path(url).parent for url in urls if "://" not in url}
+        gone = [np.fromiter(forgotten(folder), np.int64) for folder in folders]
+        chosen: dict[str, object] = {"skip": digest(skip_ids) if len(skip_ids) else ""}
+        return cls(urls, np.unique(np.concatenate([skip_ids, *gone])), chosen)
 
     @property
     def fingerprint(self) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from pipeline.reader import Place
 from pipeline.recipe import Cursor, Recipe
 from pipeline.replay import normalised, view
 from pipeline.sampling import KINDS, RECIPES, draw_captions, sample_vectors
+from pipeline.skips import FORGOTTEN_NAME, write_skips
+from pipeline.stream import Stream
 
 UNICLIP = tuple(KINDS[name] for name in RECIPES["uniclip"])
 WEIGHTS = {"flickr": 2.5, "cc": 0.6, "coco": 1.0}
@@ -237,6 +240,22 @@ def test_the_loader_has_no_other_state(index):
     assert all(torch.equal(a, two[p]) for a, p in zip(one, positions, strict=True))
     ordered.close()
     again.close()
+
+
+def test_a_takedown_leaves_the_rest_of_the_stream_as_it_was(index, tmp_path):
+    shutil.copytree(index.folder, tmp_path / "set")
+    write_skips(tmp_path / "set" / FORGOTTEN_NAME, {1005: "asked", 1030: "asked"})
+    one, two = loader(index, 42, executor="pillow"), loader(Index.open(tmp_path / "set"), 42, executor="pillow")
+    before, (after, _) = one.batch_at(0), next(stream := iter(two))
+    gone = torch.isin(before.sample_id, torch.tensor([1005, 1030]))
+    assert torch.equal(after.valid, ~gone)
+    assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in FIELDS)
+    assert torch.equal(before.views[2][~gone], after.views[2][~gone])
+    assert not torch.equal(before.views[2][gone], after.views[2][gone])
+    assert two._ledger.bad == 0, "a takedown is no fault"
+    stream.close()
+    one.close()
+    assert set(Stream.open(f"{tmp_path}/set/{{000..004}}.tar", np.array([1007])).skip_ids) == {1005, 1007, 1030}
 
 
 def test_folders_of_shards_may_move(index, tmp_path):
