@@ -97,7 +97,7 @@ def _weights(indexes: list[tuple[Index, float]]) -> dict[str, float]:
         for source in index.manifest["sources"]:
             if weights.setdefault(source, weight) != weight:
                 raise InputError(f"source {source!r} would weigh both {weights[source]} and {weight}: give its indexes the "
-                                 "same weight")
+                                 "same weight, or other names with `urls table --source`")
     return weights
 
 

@@ -6,7 +6,7 @@
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -110,6 +110,13 @@ def _take_back(place: Path, before: Path, failed: dict[str, Counter]) -> None:
             failed[source][reason] -= 1
 
 
-def as_dicts(reports: dict[str, Report]) -> dict[str, dict]:
-    """For JSON."""
-    return {source: asdict(report) for source, report in reports.items()}
+def together(folders: Iterable[Path]) -> dict[str, dict]:
+    """The same over several downloads, which may share a source; for JSON."""
+    found: dict[str, Report] = {}
+    for folder in folders:
+        for source, one in survival(folder).items():
+            other = found.get(source, Report(0, 0, {}, {}))
+            failed = Counter(other.failed) + Counter(one.failed)
+            found[source] = Report(other.rows + one.rows, other.stored + one.stored, dict(failed.most_common()),
+                                   one.example | other.example)
+    return {source: asdict(report) for source, report in found.items()}

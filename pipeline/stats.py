@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.columns import gathered, languages_of, script_of
 from pipeline.download import SETTINGS
 from pipeline.index import Index
-from pipeline.retry import as_dicts, survival
+from pipeline.retry import together
 
 _SHARES = (0, 5, 25, 50, 75, 95, 100)
 _MEASURED = ("side", "aspect", "size", "captions", "words", "characters")
@@ -41,14 +41,11 @@ def statistics(index: Index) -> dict[str, Any]:
     columns = gathered(index, [*_MEASURED, "source", "plain", "group"])
     groups = columns["group"][columns["group"] >= 0]
     captions = [index.captions(int(row))[0] for row in sample_rows(index, LANGUAGE_SAMPLES)]
-    survived: dict[str, Any] = {}
-    for folder in downloads(index):
-        survived |= as_dicts(survival(folder))
     return {
         "samples": len(index), "shards": len(index.shards), "bytes": int(columns["size"].sum()),
         "fingerprint": index.fingerprint, "merged": index.manifest["counts"]["merged"],
         "excluded": index.manifest["counts"]["excluded"], "sources": dict(Counter(columns["source"].tolist()).most_common()),
-        "survival": survived, "spread": {name: spread(columns[name]) for name in _MEASURED},
+        "survival": together(downloads(index)), "spread": {name: spread(columns[name]) for name in _MEASURED},
         "plain": int(columns["plain"].sum()),
         "duplicates": index.manifest.get("duplicates") and {"rows": len(groups), "groups": len(np.unique(groups))},
         "scripts": dict(Counter(map(script_of, captions)).most_common()), "languages": _languages(captions)}

@@ -17,7 +17,7 @@ from pipeline.download import Options, download
 from pipeline.index import Index
 from pipeline.indexing import build
 from pipeline.merging import Input, merge, parse_input
-from pipeline.retry import retry, rounds, survival
+from pipeline.retry import retry, rounds, survival, together
 from pipeline.schema import SKIPS, sample_id_of
 from pipeline.skips import read_skips
 from pipeline.stats import statistics
@@ -75,6 +75,7 @@ def test_only_what_may_heal_is_fetched_again_with_its_id(downloaded):
     assert [shard["name"] for shard in manifest["shards"]][-1] == "retry1/00000.tar"
     assert retry(folder, SPEED) is None
     assert statistics(Index.open(folder))["survival"]["test"]["stored"] == 15
+    assert together([folder, folder])["test"]["failed"] == {"http 404": 2, "http 410": 2, "opted out": 2}
 
 
 def test_rounds_follow_each_other_and_an_empty_one_is_no_error(downloaded):
