@@ -1,8 +1,10 @@
 """Retry, takedown and merge: what may heal is fetched again, what was taken down never, and nothing counts twice."""
 
+import contextlib
 import hashlib
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -186,9 +188,10 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     write_set(tmp_path / "b", [(PICTURES[1], {"caption": "x", "source": "s"})])
     for words, says in ((["a=2", "b"], "source 's' would weigh both 2.0 and 1.0"), (["a=x"], "'x' is no weight"),
                         (["nowhere"], "does not exist"), (["a=-1"], "is negative")):
-        done = command("uniclip-data", "merge", "out", *words, cwd=tmp_path)
-        assert done.returncode == 2
-        assert says in done.stderr
+        with contextlib.chdir(tmp_path), pytest.raises(InputError, match=says):
+            merge(Path("out"), list(map(parse_input, words)))
+    done = command("uniclip-data", "merge", "out", "a", "b", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "           2  samples in out/index.arrow\n"), done.stderr
     assert parse_input("a/b=0.5") == Input(parse_input("a/b").folder, 0.5)
     with pytest.raises(WorkFailed, match="1 × forgotten"):
         forget(tmp_path / "a", parse([str(sample_id_of(PICTURES[0]))]))
