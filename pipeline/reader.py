@@ -67,14 +67,15 @@ class ShardReader:
                 return self._open[shard]
         file = _Descriptor(self._folder / self._shards[shard])  # outside the lock: opening may stall
         with self._lock:
-            self._open[shard] = file
+            file = self._open.setdefault(shard, file)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         return file
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Raises OSError when the shard is gone or shorter than the index says."""
-        return _whole(os.pread(self._file(shard).number, size, offset), size)
+        file = self._file(shard)  # held while reading: another thread may forget it meanwhile
+        return _whole(os.pread(file.number, size, offset), size)
 
     def expect(self, shards: Iterable[int]) -> None:
         """The kernel reads ahead by itself."""

@@ -8,7 +8,8 @@ from conftest import command
 
 def test_the_benchmark_tells_and_writes_its_figures(scenes, tmp_path):
     out = tmp_path / "bench.json"
-    done = command("uniclip-data", "bench", scenes / "train", "--samples", "8", "--rounds", "1", "--size", "64", "--out", out)
+    done = command("uniclip-data", "bench", scenes / "train", "--samples", "8", "--rounds", "1", "--size", "64",
+                   "--out", out)
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
     assert set(figures["ways"]) == {"torchvision", "pillow", "dali"}

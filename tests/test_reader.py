@@ -7,6 +7,7 @@ import sys
 import tarfile
 import threading
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -104,6 +105,18 @@ def test_training_reads_from_afar(remote, tmp_path):
         assert (a.sample_id == b.sample_id).all()
 
 
+def test_many_threads_read_while_files_are_forgotten(remote, monkeypatch):
+    """A file that another thread opens twice or forgets stays open for the one who is reading from it."""
+    monkeypatch.setattr("pipeline.reader.OPEN_SHARDS", 1)
+    expected = [ShardReader(remote.folder, remote.shards).read(*member) for member in members(remote)]
+    for _ in range(10):
+        reader, ahead = ShardReader(remote.folder, remote.shards), ReadAhead(16)
+        jobs = [partial(reader.read, *member) for member in members(remote)]
+        assert ahead.answers(ahead.ask(jobs * 5), 30) == expected * 5
+        reader.close()
+        ahead.close()
+
+
 def test_an_unknown_kind_of_url_is_refused(remote):
     with pytest.raises(InputError, match="data.shards = 'nosuch://x'"):
         loader(remote, Place("nosuch://x"))
@@ -131,16 +144,21 @@ def test_a_stalled_read_is_a_bad_sample_and_keeps_nobody(remote, monkeypatch, tm
 
 
 def test_stuck_threads_are_replaced_and_end_with_their_read():
+    others = {t for t in threading.enumerate() if t.name == "reader"}
     ahead, release = ReadAhead(2), threading.Event()
+
+    def mine() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if t.name == "reader"} - others
+
     late = ahead.answers(ahead.ask([lambda: bool(release.wait(30))] * 6), 0.2)
     assert all(isinstance(answer, TimeoutError) for answer in late)
     assert ahead.answers(ahead.ask([lambda: 1, lambda: 1 // 0]), 5)[0] == 1
     release.set()
     ahead.close()
     deadline = time.monotonic() + 5
-    while any(t.name == "reader" for t in threading.enumerate()) and time.monotonic() < deadline:
+    while mine() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not [t for t in threading.enumerate() if t.name == "reader"]
+    assert not mine()
 
 
 @pytest.fixture(scope="module")
