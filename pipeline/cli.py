@@ -8,7 +8,7 @@ import typer
 from pipeline.cli_audit import COMMANDS
 from pipeline.cli_urls import urls
 from pipeline.console import app as make_app
-from pipeline.console import run, say
+from pipeline.console import err, run, say
 
 app = make_app("URL list → WebDataset shards → index, and what can be seen of them.")
 
@@ -120,6 +120,8 @@ def index(
 
     from pipeline.indexing import build
 
+    if (folder / "settings.json").is_file() and not (folder / "download.json").is_file():
+        err.print(f"warning: the download into {folder} is not finished: run it again, then index again", style="yellow")
     counts = build(folder, workers, shlex.join(sys.argv))["counts"]
     for what, count in {"merged (equal sample id)": counts["merged"], **counts["excluded"]}.items():
         if count:
@@ -160,15 +162,19 @@ def views(
     samples: Annotated[int, typer.Option(help="Samples to draw, a row each.", min=1, max=50)] = 4,
     seed: Annotated[int, typer.Option(help="The run's seed.", min=0)] = 0,
     recipe: Annotated[str, typer.Option(help="uniclip, 3weak, 3strong, clip, slip or declip.")] = "uniclip",
+    config: Annotated[Path | None, typer.Option(help="A run's config.toml: its size, seed, recipe and ranges.")] = None,
 ) -> None:
     """Draw samples as training sees them: image with crop boxes, its views, each view's vector as bars.
 
     Example: `uniclip-data views shards views.png --size 224 --samples 6`
+
+    Example: `uniclip-data views shards views.png --config runs/photos/config.toml`
     """
     from pipeline.index import Index
-    from pipeline.picture import draw_views
+    from pipeline.picture import Drawing, draw_views
 
-    count = draw_views(Index.open(index), out, recipe, size, samples, seed)
+    drawing = Drawing.of_run(config) if config else Drawing.of_recipe(recipe, size, seed)
+    count = draw_views(Index.open(index), out, drawing, samples)
     say(f"{out}: {samples} samples, {count} views each")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import app as make_app
-from pipeline.console import say
+from pipeline.console import err, say
 
 if TYPE_CHECKING:
     from pipeline.sources import Tally
@@ -45,12 +45,14 @@ def table(
     Example: `uniclip-data urls table captions.tsv urls.parquet --url-column image --where split=train
     --url-prefix http://127.0.0.1:8000/`
     """
-    from pipeline.sources import Choice, condition, write_urls
+    from pipeline.sources import Choice, condition, first_url, write_urls
 
     conditions = tuple(condition(text) for text in where or ())
     choice = Choice(url_column, tuple(caption_column or ["caption"]), url_prefix, conditions, source,
                     (expect,) if expect else ())
     _tell(write_urls(file, out, choice), out)
+    if (url := first_url(out)) and ":" not in url:
+        err.print(f"warning: {url} is no URL: is --url-prefix missing?", style="yellow", markup=False)
 
 
 @urls.command()

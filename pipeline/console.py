@@ -1,14 +1,12 @@
 """What every command shares: errors with an exit code, progress for people and for log files."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 OK, WORK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -59,18 +57,13 @@ def say(line: str) -> None:
     out.print(line, markup=False)
 
 
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        yield progress
-
-
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` while showing a progress bar; when standard error is no terminal, stay silent."""
-    if not err.is_terminal:
-        yield from items
-        return
-    with _bar() as bar:
-        yield from bar.track(items, total=total, description=what)
+    """Yield `items` while showing how far it is: a bar on a terminal, otherwise a plain line every few seconds."""
+    from pipeline.progress import Meter  # which shows on this module's `err`
+
+    listed = items if isinstance(items, Sized) else None
+    count = total if total is not None else len(listed) if listed is not None else 0
+    with Meter(what, count) as meter:
+        for done, item in enumerate(items, start=1):
+            yield item
+            meter.at(done)

@@ -109,12 +109,12 @@ def _hop(url: str, policy: Policy, end: float, judge: Callable[[str], None] | No
 
 
 def _answer(response: http.client.HTTPResponse, url: str, policy: Policy, large: Callable[[], None] | None) -> bytes | str:
+    if opted_out(response.headers.get_all("X-Robots-Tag", []), policy.user_agent):
+        raise Failure("opted out")
     if response.status in _REDIRECTS and (location := response.headers.get("Location")):
         return urljoin(url, quote(location, safe=_LEGAL + "#", encoding="latin-1"))  # headers arrive as Latin-1
     if not 200 <= response.status < 300:
         raise Failure(f"http {response.status}", passing=response.status in _PASSING_STATUS)
-    if opted_out(response.headers.get_all("X-Robots-Tag", []), policy.user_agent):
-        raise Failure("opted out")
     return _body(response, policy.max_bytes, large)
 
 
@@ -196,7 +196,7 @@ def refused(address: str, allow: tuple[str, ...]) -> bool:
     if any(ip in network for network in networks(allow)):
         return False
     return (not ip.is_global or ip.is_multicast or ip.is_reserved or ip.is_unspecified
-            or any(ip in network for network in _METADATA))
+            or getattr(ip, "is_site_local", False) or any(ip in network for network in _METADATA))
 
 
 class _Paced:

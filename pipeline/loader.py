@@ -177,8 +177,9 @@ class Indexed:
 
     @classmethod
     def open(cls, path: Path, weights: dict[str, float], skip_ids: np.ndarray, place: Place) -> "Indexed":
-        """Raises InputError."""
+        """Raises InputError, also for shards that are gone or have changed since they were indexed."""
         index = Index.open(path)
+        place.check(index.folder, index.manifest["shards"])
         uneven = {name: weight for name, weight in sorted(weights.items()) if weight != 1}
         chosen = {"weights": uneven, "skip": digest(skip_ids) if len(skip_ids) else ""}
         return cls(index, make_plan(index, weights, skip_ids), place, chosen)

@@ -1,7 +1,10 @@
 """Pictures of what the stream does: image with crop boxes, its views, each view's vector as bars; one view made again."""
 
 import json
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,7 +19,7 @@ from pipeline.order import Order
 from pipeline.plan import Plan, find_sample
 from pipeline.reader import ShardReader
 from pipeline.replay import pixels
-from pipeline.sampling import KINDS, RECIPES, draw_captions, sample_vectors
+from pipeline.sampling import KINDS, RECIPES, ViewKind, draw_captions, sample_vectors
 from pipeline.schema import IDENTITY, VECTOR, VECTOR_SIZE
 
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
@@ -69,20 +72,48 @@ def _writable(out: Path, suffixes: set[str]) -> None:
         raise InputError(f"{out}: give a {', '.join(sorted(suffixes))} in a folder that exists")
 
 
-def draw_views(index: Index, out: Path, recipe: str, size: int, samples: int, seed: int) -> int:
-    """Write the picture of the first `samples` samples that a run with this seed would see; return how many views each.
+@dataclass(frozen=True)
+class Drawing:
+    """What decides how views look: names and kinds of the views, their size in pixels, the run's seed."""
 
-    recipe: a name in RECIPES; size: side of a view in pixels. Raises InputError for a recipe or a picture format that is
-    not known, WorkFailed for an image that cannot be read.
+    names: tuple[str, ...]
+    kinds: tuple[ViewKind, ...]
+    size: int
+    seed: int
+
+    @classmethod
+    def of_recipe(cls, recipe: str, size: int, seed: int) -> "Drawing":
+        """A recipe with the default ranges of its kinds. Raises InputError for one that is not known."""
+        if recipe not in RECIPES:
+            raise InputError(f"--recipe {recipe}: known are {', '.join(RECIPES)}")
+        return cls(RECIPES[recipe], tuple(KINDS[name] for name in RECIPES[recipe]), size, seed)
+
+    @classmethod
+    def of_run(cls, config: Path) -> "Drawing":
+        """What a run's resolved config.toml says. Raises InputError when it is none."""
+        try:
+            run = tomllib.loads(config.read_text())
+            data, recipe = run["data"], run["data"]["recipe"]
+            names = RECIPES[recipe] if isinstance(recipe, str) else tuple(recipe)
+            told: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value
+                                           for key, value in data[name].items()} for name in names]
+            kinds = tuple(ViewKind(**kind) for kind in told)
+            return cls(names, kinds, run["model"]["image"]["size"], run["run"]["seed"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{config} is no config.toml of a run ({error!r}): give the one in the run's folder") from None
+
+
+def draw_views(index: Index, out: Path, drawing: Drawing, samples: int) -> int:
+    """Write the picture of the first `samples` samples that a run would see; return how many views each.
+
+    Raises InputError for a picture format that is not known, WorkFailed for an image that cannot be read.
     """
-    if recipe not in RECIPES:
-        raise InputError(f"--recipe {recipe}: known recipes are {', '.join(RECIPES)}")
     _writable(out, {".png", ".pdf", ".svg"})
-    views = RECIPES[recipe]
+    views, size, seed = drawing.names, drawing.size, drawing.seed
     rows, epochs, repeats = Order(seed, Plan.whole(index.shard_starts)).places(0, min(samples, len(index)))
     columns = index.columns(rows)
     sizes = np.stack([columns["width"], columns["height"]], axis=1)
-    vectors = sample_vectors(seed, epochs, repeats, columns["sample_id"], sizes, tuple(KINDS[v] for v in views))
+    vectors = sample_vectors(seed, epochs, repeats, columns["sample_id"], sizes, drawing.kinds)
     captions = [index.captions(int(row)) for row in rows]
     drawn = draw_captions(seed, epochs, repeats, columns["sample_id"], np.array([len(c) for c in captions]))
     reader = ShardReader(index.folder, index.shards)

@@ -17,7 +17,7 @@ def clock(seconds: float) -> str:
 
 
 class Meter:
-    """Counts up to `total`; `note` is what else the line should say. Use as a context manager.
+    """Counts up to `total`, 0 when nobody knows; `note` is what else the line should say. Use as a context manager.
 
     `start` is what an earlier run had done already: it counts as done but not towards the rate.
     """
@@ -33,7 +33,7 @@ class Meter:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                        TextColumn("{task.fields[note]}"), TimeRemainingColumn())
             self._bar = self._stack.enter_context(Progress(*columns, console=err, transient=True))
-            self._task = self._bar.add_task(self.what, total=self.total, completed=self.start, note="")
+            self._task = self._bar.add_task(self.what, total=self.total or None, completed=self.start, note="")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -52,5 +52,6 @@ class Meter:
             self._bar.update(self._task, completed=done, note=note)
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            left = clock((self.total - done) / self.rate) if self.rate else "?"
-            err.print(f"{self.what} {done:,}/{self.total:,} {note} {left} left", markup=False)
+            of_all = f"/{self.total:,}" if self.total else ""
+            left = f" {clock((self.total - done) / self.rate)} left" if self.total and self.rate else ""
+            err.print(f"{self.what} {done:,}{of_all} {note}{left}", markup=False)

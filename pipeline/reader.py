@@ -204,6 +204,18 @@ class Place:
     cache_bytes: int = 20 * 2**30
     timeout: float = 60.0
 
+    def check(self, folder: Path, shards: list[dict]) -> None:
+        """Raise InputError when a local shard is missing or has another size than its index says."""
+        if "://" in self.url:
+            return
+        root = Path(self.url) if self.url else folder
+        for shard in shards:
+            path = root / shard["name"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != (expected := shard["size"]):
+                found = "missing" if size is None else f"{size:,} bytes and was {expected:,}"
+                raise InputError(f"{path} is {found}: put it back, or run `uniclip-data index {folder}` again")
+
     def shards(self, folder: Path, names: list[str], sizes: list[int]) -> Shards:
         """A reader of these shards. Raises InputError for a URL that fsspec cannot open."""
         if "://" in self.url:

@@ -97,7 +97,11 @@ def _column(names: list[str], wanted: str, path: Path) -> int:
 def _cells(value: Any) -> list[str]:
     """The non-empty texts of one cell, which in JSON and Parquet may be a list."""
     values = value if isinstance(value, list) else [value]
-    return [text for v in values if v is not None and (text := str(v).strip())]
+    return [text for v in values if v is not None and v == v and (text := _as_text(v).strip())]  # NaN is not itself
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 class _Selector:
@@ -243,3 +247,9 @@ def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, Exi
     if not tally.refused:
         refusals.unlink()
     return tally
+
+
+def first_url(urls: Path) -> str:
+    """The first URL of a table that `write_urls` wrote, "" when it has none."""
+    batch = next(pq.ParquetFile(urls).iter_batches(1, columns=["url"]), None)
+    return "" if batch is None else batch["url"][0].as_py()

@@ -96,6 +96,9 @@ def _csv(path: Path, stack: ExitStack) -> Table:
             except StopIteration:
                 return
             except csv.Error as error:
+                if reader.line_num > line:  # it read on in search of the quote: good rows are in what it threw away
+                    raise InputError(f"{path} line {line}: {error}: a quote that opens there is not closed; mend it, or "
+                                     "save the table as .tsv, where a quote is a letter like any other") from None
                 yield line, f"csv: {error}"
                 continue
             yield line, cells if len(cells) == len(names) else _wrong_width(cells, names)
@@ -121,7 +124,7 @@ def jsonl(path: Path, stack: ExitStack) -> Table:
 def _object(raw: bytes) -> dict[str, Any] | str:
     try:
         value = json.loads(raw.decode("utf-8", "surrogateescape"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return "not JSON" if raw.strip() else "blank line"
     return value if isinstance(value, dict) else "not a JSON object"
 

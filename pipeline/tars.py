@@ -142,7 +142,7 @@ def _told(file: BinaryIO, group: Group) -> dict[str, Any]:
         return {}
     try:
         told = json.loads(_bytes(file, group, "json"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 
@@ -176,7 +176,6 @@ def _source(told: dict[str, Any]) -> str:
 
 
 def _sample_id(told: dict[str, Any], image: bytes) -> int:
-    given, url = told.get("sample_id"), told.get("url")
-    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < 2**63:
-        return given
+    """Never a number that the .json gives: in other people's tars that may count each tar's samples from 0."""
+    url = told.get("url")
     return sample_id_of(url if isinstance(url, str) and url and _is_utf8(url) else image)

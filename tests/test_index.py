@@ -107,8 +107,8 @@ def test_a_torn_header_in_the_middle_is_noticed(tmp_path):
 
 
 def test_captions_and_ids_come_from_the_best_place(tmp_path):
-    url = "http://h/x.jpg"
-    most = {"captions": ["one", " two ", "", "one"], "caption": "no", "sample_id": 77, "url": url, "source": "web"}
+    url, other = "http://h/x.jpg", "http://h/y.jpg"
+    most = {"captions": ["one", " two ", "", "one"], "caption": "no", "sample_id": 77, "url": other, "source": "web"}
     write_tar(tmp_path / "a.tar", [
         ("0.jpg", JPEG[0]), ("0.json", most), ("0.txt", "no"),
         ("1.jpeg", JPEG[1]), ("1.json", {"captions": [], "caption": "from json", "url": url}), ("1.txt", "no"),
@@ -118,7 +118,8 @@ def test_captions_and_ids_come_from_the_best_place(tmp_path):
     index = Index.open(tmp_path)
     assert [index.captions(row) for row in range(4)] == [["one", "two"], ["from json"], ["from txt"], ["despite the json"]]
     assert index.columns(np.arange(4))["sample_id"].tolist() == [
-        77, sample_id_of(url), sample_id_of(encoded(picture(2), "PNG")), sample_id_of(encoded(picture(3), "WEBP"))]
+        sample_id_of(other), sample_id_of(url), sample_id_of(encoded(picture(2), "PNG")),
+        sample_id_of(encoded(picture(3), "WEBP"))]
     assert [index.source(row) for row in range(4)] == ["web", "", "", ""]
     assert index.columns(np.arange(4))["plain"].tolist() == [True, True, False, False]
 

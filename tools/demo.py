@@ -79,7 +79,7 @@ def training(out: Path, samples: int | None) -> None:
 def results(out: Path) -> None:
     """Evaluate on scenes that training has not seen, and report."""
     sets = f"{out}/scenes/evalsets"
-    show(f"uniclip-data views {out}/shards {out}/run/views.png --size 48")
+    show(f"uniclip-data views {out}/shards {out}/run/views.png --config {out}/run/config.toml")
     show(f"uniclip-eval retrieval {out}/run {sets}/retrieval")
     show(f"uniclip-eval zeroshot {out}/run {sets}/colour {sets}/shape {sets}/relation")
     show(f"uniclip-eval report {out}/run")
