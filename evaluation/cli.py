@@ -120,6 +120,9 @@ def finetune(
     layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the next.")] = 0.75,
     mixup: Annotated[float, typer.Option(help="Mixup's α; 0 turns it off.")] = 0.1,
     cutmix: Annotated[float, typer.Option(help="CutMix's α; 0 turns it off.")] = 0.1,
+    smallest_crop: Annotated[float, typer.Option(help="Smallest share of a picture's area a crop may have.")] = 0.3,
+    augment: Annotated[str, typer.Option(help="timm's auto_augment, empty for none.")] = "rand-m5-mstd0.5-inc1",
+    erasing: Annotated[float, typer.Option(help="Share of pictures with a patch erased.")] = 0.1,
     seed: Annotated[int, typer.Option()] = 0,
     out: Out = None, device: Device = "auto",
 ) -> None:
@@ -130,7 +133,8 @@ def finetune(
     from evaluation.finetune import Recipe
     from evaluation.finetune import finetune as run_finetune
 
-    recipe = Recipe(epochs, batch_size, lr, layer_decay, mixup, cutmix, seed=seed)
+    recipe = Recipe(epochs, batch_size, lr, layer_decay, mixup, cutmix, smallest_crop=smallest_crop, augment=augment,
+                    erasing=erasing, seed=seed)
     bench, _ = _bench([checkpoint, folder], out, None, device, None, None)
     _show(bench.out, run_finetune(bench, folder, recipe))
 

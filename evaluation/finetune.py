@@ -44,7 +44,7 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a fine-tuning run depends on beside weights and data."""
+    """What a fine-tuning run depends on beside weights and data. augment: timm's auto_augment, or empty for none."""
 
     epochs: int = 30
     batch_size: int = 64
@@ -56,10 +56,12 @@ class Recipe:
     smoothing: float = 0.1
     warmup: float = 0.1
     smallest_crop: float = 0.3
+    augment: str = "rand-m5-mstd0.5-inc1"
+    erasing: float = 0.1
     seed: int = 0
 
     def __str__(self) -> str:
-        return "fine-tuned, " + ", ".join(f"{name} {value:g}" for name, value in asdict(self).items())
+        return "fine-tuned, " + ", ".join(f"{name} {value}" for name, value in asdict(self).items())
 
 
 def finetune(bench: Bench, folder: Path, recipe: Recipe) -> list[Row]:
@@ -103,7 +105,8 @@ def _train(subject: Subject, images: list[bytes], label_N: np.ndarray, classes: 
     torch.manual_seed(recipe.seed)
     model = _classifier(subject, classes)
     optimizer = create_optimizer_v2(model, "adamw", recipe.lr, recipe.weight_decay, layer_decay=recipe.layer_decay)
-    mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+    mix = Mixup(recipe.mixup, recipe.cutmix, prob=float(recipe.mixup > 0 or recipe.cutmix > 0),
+                label_smoothing=recipe.smoothing, num_classes=classes)
     steps, loss_of = max(1, len(images) // recipe.batch_size), SoftTargetCrossEntropy()
     for epoch in track(range(_resumed(scratch, model, optimizer), recipe.epochs), "fine-tuning"):
         model.train()
@@ -141,7 +144,8 @@ def _batches(subject: Subject, images: list[bytes], label_N: np.ndarray, recipe:
     np.random.seed(seed)  # noqa: NPY002  # timm's mixup draws from the global generator
     order = np.random.default_rng(seed).permutation(len(images))
     augment: Any = create_transform(_size(subject), is_training=True, scale=(recipe.smallest_crop, 1), hflip=0.5,
-                               auto_augment="rand-m5-mstd0.5-inc1", re_prob=0.1, interpolation="bicubic", mean=MEAN, std=STD)
+                               auto_augment=recipe.augment or None, re_prob=recipe.erasing, interpolation="bicubic",
+                               mean=MEAN, std=STD)
     for step in range(steps):
         rows = order[step * recipe.batch_size:(step + 1) * recipe.batch_size]
         rows = rows[:len(rows) // 2 * 2]  # mixup pairs pictures

@@ -8,10 +8,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from evaluation import examples
+from evaluation import examples, paper
 from evaluation.curves import loss_curve, read_metrics, temperature_curve
 from evaluation.evaluate import RESULTS
 from evaluation.results import Row, read_rows, versions
+from evaluation.tables import shown as percentage
+from evaluation.tables import write_csv, write_markdown
 from pipeline.console import existing
 from pipeline.files import replacing
 from trainer import checkpoint
@@ -22,7 +24,10 @@ TITLES = {"accuracy": "accuracy", "accuracy@5": "accuracy @5", "mean_per_class_r
 
 
 def write(folder: Path, results: Path | None = None, out: Path | None = None) -> Path:
-    """Write the page of a run folder → its path. Raises InputError when there is no run or no such results file."""
+    """Write the page of a run folder, CSV and Markdown beside it → the page's path.
+
+    Raises InputError when there is no run or no such results file.
+    """
     existing(folder, "run folder", "give the folder that `uniclip-train run` wrote")
     if results:
         existing(results, "results file")
@@ -33,14 +38,18 @@ def write(folder: Path, results: Path | None = None, out: Path | None = None) ->
     weights = _weights_shown(rows, state.hashes[checkpoint.WEIGHTS])
     metrics = read_metrics(folder / METRICS)
     shown = [row for row in rows if row["weights_sha256"] == weights]
+    tables = paper.tables(shown)
     page = _environment().get_template("report.html.jinja").render(
         name=folder.resolve().name, rows=shown, older=[row for row in rows if row["weights_sha256"] != weights],
-        weights=weights, facts=_facts(metrics, state, shown), versions=shown[-1]["versions"] if shown else versions(),
+        weights=weights, tables=tables, ours=paper.OURS,
+        facts=_facts(metrics, state, shown), versions=shown[-1]["versions"] if shown else versions(),
         curves=[Markup(draw(metrics)) for draw in (loss_curve, temperature_curve)] if metrics else [],
         examples=[entry for entry in examples.read(results) if entry["weights_sha256"] == weights],
         views=_data_uri(folder / VIEWS), config=(latest / checkpoint.CONFIG).read_text(encoding="utf-8"))
     with replacing(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
+    write_csv(out.with_suffix(".csv"), shown)
+    write_markdown(out.with_suffix(".md"), folder.resolve().name, weights, shown, tables)
     return out
 
 
@@ -80,5 +89,6 @@ def _title(metric: str) -> str:
 def _environment() -> Environment:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True)
-    environment.filters |= {"title_of": _title, "percent": lambda share: f"{100 * share:.1f} %"}
+    environment.filters |= {"title_of": _title, "percent": lambda share: f"{100 * share:.1f} %",
+                            "percentage": percentage}
     return environment

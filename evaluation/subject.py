@@ -98,8 +98,8 @@ def open_clip_subject(arch: str, weights: Path, device: str = "auto") -> Subject
                          "open_clip.list_models() lists them")
     try:
         made: Any = open_clip.create_model_and_transforms(arch, pretrained=str(weights))
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(f"{weights} does not fit {arch}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # what open_clip raises
+        raise InputError(f"{weights} does not fit {arch}: {str(error).partition(chr(10))[0]}") from None
     (model, _, transform), tokenize = made, open_clip.get_tokenizer(arch)
     steps = " ".join(str(transform).split())
     return Subject(arch, weights.parent, sha256_of(weights), hashlib.sha256(arch.encode()).hexdigest(),

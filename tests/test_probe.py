@@ -162,8 +162,8 @@ def test_the_whole_protocol_against_scikit_learn_on_photographs(tmp_path: Path, 
     step, _, accuracy, seconds = protocol(max_iter=1000)
     with capsys.disabled():
         print(f"\nprobe: λ 10^{EXPONENTS[our_step]:g}, accuracy {our_accuracy:.4f}, {our_seconds:.1f} s; "
-              f"exact: λ 10^{EXPONENTS[exact_step]:g}, {exact_accuracy:.4f}; L-BFGS of 1,000 steps: λ 10^{EXPONENTS[step]:g}, "
-              f"{accuracy:.4f}, {seconds:.1f} s = {seconds / our_seconds:.1f} times ours")
+              f"exact: λ 10^{EXPONENTS[exact_step]:g}, {exact_accuracy:.4f}; L-BFGS of 1,000 steps: "
+              f"λ 10^{EXPONENTS[step]:g}, {accuracy:.4f}, {seconds:.1f} s = {seconds / our_seconds:.1f} times ours")
     assert our_step == exact_step and list(our_path) == list(exact_path)
     assert max(abs(our_path[s][0] - exact_path[s][0]) for s in our_path) <= 1.01 / len(held_N)
     assert abs(our_accuracy - exact_accuracy) < 0.002 and seconds > 3 * our_seconds

@@ -1,5 +1,6 @@
 """The page about a run: self-contained, safe against captions, honest about what is missing, quiet in a browser."""
 
+import csv
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from conftest import encoded, picture
 from tiny import tiny_run
 
-from evaluation import examples
+from evaluation import examples, paper
 from evaluation.curves import POINTS, loss_curve, read_metrics, temperature_curve
 from evaluation.evaluate import Bench, evaluate
 from evaluation.report import write
@@ -91,14 +92,25 @@ def test_it_shows_every_number_of_the_latest_weights_and_the_earlier_ones_apart(
 
 
 def test_examples_mark_right_and_wrong(page: Path, reported: Path) -> None:
-    entry, = examples.read(reported)
-    found = [f for query in entry["images"] + entry["captions"] for f in query["found"]]
+    entry = next(entry for entry in examples.read(reported) if "images" in entry)
+    queries = entry["images"] + entry["best"] + entry["worst"]
+    found = [f for query in queries + entry["captions"] for f in query["found"]]
     assert len(entry["images"]) == len(entry["captions"]) == 6
     assert {len(q["found"]) for q in entry["images"]} == {3} and {len(q["found"]) for q in entry["captions"]} == {5}
     text = page.read_text()
     assert text.count("✓") == sum(f["right"] for f in found) and text.count("✗") == sum(not f["right"] for f in found)
-    for query in entry["images"]:  # two captions of nine are an image's own: three found hold none, or its own are told
+    for query in queries:  # two captions of nine are an image's own: three found hold none, or its own are told
         assert bool(query["own"]) == (not any(f["right"] for f in query["found"]))
+    assert all(query["found"][0]["right"] for query in entry["best"])
+    assert not any(query["found"][0]["right"] for query in entry["worst"])
+
+
+def test_the_surest_right_and_wrong_answers_are_shown(page: Path, reported: Path) -> None:
+    entry = next(e for e in reversed(examples.read(reported)) if "classes" in e and e["weights_sha256"] in page.read_text())
+    classes = entry["classes"]
+    assert all(answer["said"] == answer["label"] for answer in classes["best"])
+    assert classes["worst"] and all(answer["said"] != answer["label"] for answer in classes["worst"])
+    assert "Surest answers in colour" in Elements(page).text and classes["worst"][0]["picture"] in page.read_text()
 
 
 def test_examples_of_a_set_are_replaced_and_those_of_others_kept(bare: Path, reported: Path, scenes: Path) -> None:
@@ -107,13 +119,50 @@ def test_examples_of_a_set_are_replaced_and_those_of_others_kept(bare: Path, rep
     for _ in range(2):
         examples.store(reported.with_name("again.jsonl"), entry)
         examples.store(reported.with_name("again.jsonl"), before[0])
-    assert [e["dataset"] for e in examples.read(reported.with_name("again.jsonl"))] == ["other", "<b>pairs"]
+    assert [e["dataset"] for e in examples.read(reported.with_name("again.jsonl"))] == ["other", before[0]["dataset"]]
 
 
 def test_a_run_without_results_says_what_to_do(bare: Path, tmp_path: Path) -> None:
     page = write(bare, None, tmp_path / "page.html")
     assert "Nothing was measured yet: run uniclip-eval retrieval" in Elements(page).text
-    assert list(tmp_path.iterdir()) == [page]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.csv", "page.html", "page.md"]
+
+
+def catalogued(reported: Path, out: Path) -> Path:
+    """A results file as if the model had been measured on all of table 1 and on Flickr30k."""
+    base = json.loads(reported.read_text().splitlines()[6])
+    rows = [base | {"dataset": name, "task": task, "value": 0.4 + number / 100, "interval": [0.3, 0.6],
+                    "alarm": "likely cause: X" if (name, task) == ("flowers102", "zeroshot") else None}
+            for task in ("zeroshot", "probe") for number, name in enumerate(paper.published()["datasets"])]
+    rows += [base | {"dataset": "flickr30k", "task": "retrieval", "metric": f"{direction}_recall@{k}", "value": k / 20}
+             for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def test_the_papers_tables_stand_beside_ours(bare: Path, reported: Path, tmp_path: Path) -> None:
+    page = write(bare, catalogued(reported, tmp_path / "r.jsonl"), tmp_path / "page.html")
+    text = " ".join(Elements(page).text.split())
+    assert "Table 1, zero-shot" in text and "Table 1, linear probe" in text and "Table 3, zero-shot retrieval" in text
+    assert "Table 2" not in text  # nothing of ours belongs there
+    assert "Our inference, not the paper's word" in text and "likely cause: X" in text
+    ours = re.search(r"this model ((?:[\d.–]+ ){13})", text)
+    values = [40.0 + i for i in range(11)]
+    assert ours
+    assert [float(v) for v in ours[1].split()] == [*values, 45.0, 45.0]  # Flowers is their very middle
+    clip = re.search(r"CLIP ViT-B/32 YFCC15M ((?:[\d.]+ ){13})", text)
+    assert clip and clip[1].split()[-2:] == ["27.5", "29.6"]  # the first as printed in the paper
+    assert "5.0 25.0 50.0 – – –" in text and "DeCLIP ResNet-50 Open30M – –" in text
+    with (tmp_path / "page.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 28 and rows[3]["dataset"] == "sun397" and float(rows[3]["value"]) == 0.4 + 3 / 100
+    markdown = (tmp_path / "page.md").read_text()
+    assert "| this model | 40.0 | 41.0 |" in markdown and "## Table 3" in markdown
+    assert "**flowers102**: likely cause: X" in markdown
+
+
+def test_markdown_shows_names_as_text(page: Path) -> None:
+    assert "<b>pairs" not in page.with_suffix(".md").read_text() and "&lt;b>pairs" in page.with_suffix(".md").read_text()
 
 
 def test_curves_end_at_the_last_line_and_share_no_ids(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """`suite`: everything under a root, one broken set not costing the others, kill -9 anywhere and again."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,28 @@ def test_a_torn_last_line_is_left_out_and_then_replaced(tmp_path: Path) -> None:
     assert [row["value"] for row in read_rows(out)] == [1.0, 2.0] and out.read_bytes().count(b"\n") == 2
 
 
+@pytest.mark.parametrize("finished", [1, 5, 13, 19])
+def test_a_kill_costs_no_finished_row_and_doubles_none(finished: int, root: Path, tmp_path: Path) -> None:
+    """The child is this process without its threads, with a slow model."""
+    out = tmp_path / "results.jsonl"
+    model = stub()
+    slow = replace(model, view=lambda data: time.sleep(0.002) or model.view(data))
+    child = os.fork()
+    if not child:
+        suite(Bench.of(slow, out), root)
+        os._exit(0)
+    while os.waitpid(child, os.WNOHANG) == (0, 0) and len(read_rows(out)) < finished:
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    before = read_rows(out)
+    suite(Bench.of(model, out), root)
+    assert read_rows(out)[:len(before)] == before and counted(out) == EXPECTED
+    assert not list((tmp_path / "features").glob(".*.partial"))
+
+
+@pytest.mark.slow
 def test_killed_anywhere_and_begun_again_it_ends_with_the_same_rows(scenes: Path, root: Path, tmp_path: Path) -> None:
     run = tiny_run(scenes, tmp_path / "run", samples=32)
     whole = tmp_path / "whole/results.jsonl"
