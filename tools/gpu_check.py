@@ -137,11 +137,19 @@ def measure_torchvision(folder: Path, samples: int = 512) -> dict:
     return {"samples_per_second": rate, "cores": cores, "passed": True}
 
 
+def measure_loss(folder: Path) -> dict:
+    """The tiled loss against the dense one and against the matmul rate of the same run."""
+    from tools.bench_loss import gpu_part
+
+    return gpu_part(folder)
+
+
 # A part takes an empty folder and returns figures, `passed` among them.
 PARTS: dict[str, Callable[[Path], dict]] = {
     "stream.pixels": check_pixels,
     "stream.speed": measure_loader,
     "stream.torchvision": measure_torchvision,
+    "loss": measure_loss,
 }
 
 
