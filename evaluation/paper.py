@@ -103,7 +103,7 @@ def _retrieval(rows: list[Row]) -> Table:
         direction, _, k = row["metric"].partition("@")
         if row["task"] == "retrieval" and row["split"] == "test" and direction in _DIRECTIONS:
             own[f"{identify(row['dataset'])}_{_DIRECTIONS[direction]}_r{k}"] = 100 * row["value"]
-    titles = (column.replace("flickr30k", "Flickr30k").replace("coco", "COCO").replace("i2t", "image→text")
-              .replace("t2i", "text→image").replace("_r", " R@").replace("_", " ") for column in columns)
+    titles = (column.replace("flickr30k", "Flickr30k").replace("coco", "COCO").replace("i2t", "image → text")
+              .replace("t2i", "text → image").replace("_r", " R@").replace("_", " ") for column in columns)
     return Table("table3_retrieval", "Table 3, zero-shot retrieval", tuple(titles),
                  (*_paper_lines("table3_retrieval"), Line(OURS, tuple(own.get(column) for column in columns), True)))

@@ -7,8 +7,9 @@ from evaluation.paper import Table
 from evaluation.results import Row
 from pipeline.files import replacing
 
-COLUMNS: tuple[str, ...] = ("dataset", "split", "task", "protocol", "metric", "value", "low", "high", "chance", "n", "main_metric", "alarm",
-           "weights_sha256", "data_sha256", "prompts_sha256", "transform", "checkpoint", "seed", "created")
+COLUMNS: tuple[str, ...] = (
+    "dataset", "split", "task", "protocol", "metric", "value", "low", "high", "chance", "n", "main_metric", "alarm",
+    "weights_sha256", "data_sha256", "prompts_sha256", "transform", "checkpoint", "seed", "created")
 
 
 def write_csv(path: Path, rows: list[Row]) -> Path:

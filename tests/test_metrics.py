@@ -107,3 +107,27 @@ def test_accuracy_and_mean_per_class_by_hand() -> None:
     assert rank.tolist() == [0, 2, 2, 0, 1]
     assert recall_at(rank, 1) == 2 / 5 and recall_at(rank, 2) == 3 / 5 and recall_at(rank, 5) == 1.0
     assert mean_per_class(rank < 1, label) == pytest.approx((1 / 3 + 1 / 2) / 2)  # classes 2 and 3 have no images
+
+
+def test_nearest_candidates_in_blocks_equal_a_plain_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text, _ = embeddings(3)
+    cosine = (image / np.linalg.norm(image, axis=1, keepdims=True)) @ (text / np.linalg.norm(text, axis=1, keepdims=True)).T
+    monkeypatch.setattr(metrics, "BLOCK_NUMBERS", 3 * len(text))
+    found = np.take_along_axis(cosine, metrics.nearest(image, text, 4), axis=1)  # scores: the sets hold exact ties
+    np.testing.assert_allclose(found, -np.sort(-cosine, axis=1)[:, :4], atol=1e-6)
+    assert metrics.nearest(image, text[:2], 4).shape == (len(image), 2)
+
+
+def test_images_with_four_to_seven_captions_by_hand() -> None:
+    """Three images on the axes; a caption's score for an image is its coordinate. A tie counts against the query."""
+    image = np.eye(3)
+    text = np.array([[9, 1, 0], [1, 9, 0], [5, 5, 0], [0, 1, 9],  # of image 0: right, of 1's side, tied, of 2's side
+                     [1, 8, 0], [0, 9, 1], [1, 0, 9], [8, 1, 0], [2, 9, 0],  # of image 1
+                     [0, 1, 9], [0, 2, 9], [9, 0, 1], [1, 0, 8], [3, 0, 9], [0, 3, 9], [0, 9, 4]], float)  # of image 2
+    owner = np.repeat([0, 1, 2], [4, 5, 7])
+    found = retrieval_recalls(image, text, owner)
+    assert found["text_to_image_recall@1"] == (1 + 3 + 5) / 16
+    rank = ranks(image, text, np.arange(3), owner)
+    # Image 0: its best has cosine 9/√82 and so has one of image 2's captions: a tie. Image 1: its best is 9/√82 too,
+    # as is one of image 0's. Image 2: 9/√82, as one of image 0's and one of image 1's.
+    assert rank.tolist() == [1, 1, 2] and found["image_to_text_recall@1"] == 0.0 and found["image_to_text_recall@5"] == 1.0
