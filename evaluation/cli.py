@@ -102,12 +102,13 @@ def compare(
     """
     from evaluation.compare import compare as run_compare
 
-    table = _table("set", "task", "metric", "A", "B", "B − A, 95 %", "p", "verdict", left=3)
+    table = _table("set", "metric", "A", "B", "B − A", "p", "better", left=2)
     for c in run_compare(a, b, every):
         low, high = c.interval
-        table.add_row(c.row["dataset"], c.row["task"], c.row["metric"], f"{c.a:.1%}", f"{c.b:.1%}",
-                      f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.p:.2g}", c.verdict)
+        table.add_row(_named(c.row), c.row["metric"], f"{c.a:.1%}", f"{c.b:.1%}",
+                      f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.p:.2g}", c.better)
     console.print(table)
+    say("B − A: 95 % interval of the difference in points; p after Holm; better: only where p < 0.05")
 
 
 @app.command()
@@ -209,13 +210,19 @@ def _show(path: Path, rows: list[dict]) -> None:
     table = _table("set", "metric", "value", "95 % interval", "chance", "n", left=2)
     for row in rows:
         low, high = row["interval"]
-        task = f" ({row['task']})" if row["task"] in ("probe", "knn", "finetune") else ""
-        table.add_row(escape(row["dataset"]) + task, row["metric"], f"{row['value']:.1%}", f"{low:.1%} – {high:.1%}",
+        table.add_row(_named(row), row["metric"], f"{row['value']:.1%}", f"{low:.1%} – {high:.1%}",
                       f"{row['chance']:.1%}", f"{row['n']:,}", style="bold" if row["main_metric"] else "")
     console.print(table)
     for dataset, alarm in dict.fromkeys((row["dataset"], row["alarm"]) for row in rows if row.get("alarm")):
         console.print(f"ALARM {escape(dataset)}: {escape(alarm)}", style="bold red")
     say(f"results {path}")
+
+
+def _named(row: dict) -> str:
+    """The set, and the task where the metric does not tell it."""
+    from rich.markup import escape
+
+    return escape(row["dataset"]) + (f" ({row['task']})" if row["task"] in ("probe", "knn", "finetune") else "")
 
 
 def main() -> None:

@@ -34,9 +34,9 @@ class Comparison:
     test: str
 
     @property
-    def verdict(self) -> str:
-        """What may be said."""
-        return "no difference shown" if self.p >= LEVEL else "B is better" if self.b > self.a else "A is better"
+    def better(self) -> str:
+        """The model that may be called better, "–" where no difference is shown."""
+        return "–" if self.p >= LEVEL else "B" if self.b > self.a else "A"
 
 
 def compare(a: Path, b: Path, every: bool = False) -> list[Comparison]:

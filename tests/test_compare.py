@@ -27,7 +27,7 @@ def test_mcnemar_by_hand() -> None:
     a, b = np.array([1, 1, 1, 0, 0, 0, 0, 0], bool), np.array([1, 1, 0, 1, 1, 1, 1, 0], bool)
     found = paired(*(Outcome(x, np.zeros(8, int), "queries") for x in (a, b)), ROW)
     assert found.p == binomtest(1, 5).pvalue == 0.375 and (found.a, found.b) == (3 / 8, 6 / 8)
-    assert found.interval[0] <= 3 / 8 <= found.interval[1] and found.verdict == "no difference shown"
+    assert found.interval[0] <= 3 / 8 <= found.interval[1] and found.better == "–"
 
 
 @pytest.mark.parametrize("over", ["queries", "classes", "images"])
@@ -36,11 +36,11 @@ def test_a_planted_difference_is_found_and_its_side_named(over: str) -> None:
     a = hits(0.5, 1200, 0)
     b = a | hits(0.1, 1200, 1)
     found = paired(Outcome(a, group_Q, over), Outcome(b, group_Q, over), ROW)
-    assert found.p < 1e-3 and found.verdict == "B is better" and found.interval[0] > 0
+    assert found.p < 1e-3 and found.better == "B" and found.interval[0] > 0
     back = paired(Outcome(b, group_Q, over), Outcome(a, group_Q, over), ROW)
-    assert back.verdict == "A is better" and back.p == found.p
+    assert back.better == "A" and back.p == found.p
     same = paired(Outcome(a, group_Q, over), Outcome(a, group_Q, over), ROW)
-    assert same.p == 1 and same.interval == (0, 0) and same.verdict == "no difference shown"
+    assert same.p == 1 and same.interval == (0, 0) and same.better == "–"
 
 
 @pytest.mark.parametrize("over", ["queries", "classes", "images"])
@@ -107,7 +107,7 @@ def test_two_results_files_are_compared_on_what_they_share(tmp_path: Path) -> No
     found = compare(tmp_path / "a", tmp_path / "b")
     assert [(c.row["dataset"], c.row["metric"]) for c in found] == [("one", "image_to_text_recall@1"),
                                                                    ("one", "text_to_image_recall@1")]
-    assert all(c.p == 1 and c.verdict == "no difference shown" for c in found)
+    assert all(c.p == 1 and c.better == "–" for c in found)
     assert len(compare(tmp_path / "a", tmp_path / "b" / "results.jsonl", every=True)) == 6
     (tmp_path / "b" / "results.jsonl").write_text("")
     with pytest.raises(InputError, match="have no number in common"):
