@@ -23,7 +23,7 @@ from pipeline.evalsets import open_evalset, write_evalset
 from pipeline.hashes import bits_apart, near_pairs
 from pipeline.index import Index
 from pipeline.peek import peek
-from pipeline.schema import SKIPS
+from pipeline.schema import SKIPS, sample_id_of
 from pipeline.selection import condition, select
 from pipeline.skips import read_skips
 from pipeline.stats import lines, statistics
@@ -44,11 +44,11 @@ def _copies() -> list[bytes]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     samples = [(encoded(drawing(seed, 40 + 4 * seed), quality=90), {"captions": [f"picture {'word ' * (seed % 5)}{seed}"],
-                "sample_id": seed, "source": "even" if seed % 2 == 0 else "odd"}) for seed in range(ALONE)]
-    samples += [(data, {"captions": [EVIL, "a second caption"], "sample_id": 100 + number, "source": "copies"})
+                "url": f"http://h/{seed}", "source": "even" if seed % 2 == 0 else "odd"}) for seed in range(ALONE)]
+    samples += [(data, {"captions": [EVIL, "a second caption"], "url": f"http://h/{100 + number}", "source": "copies"})
                 for number, data in enumerate(_copies())]
     flat = [encoded(drawing(seed).resize((1, 1)).resize((90, 90))) for seed in (0, 1)]  # nothing in them to see
-    samples += [(data, {"captions": ["плоско"], "sample_id": 200 + number}) for number, data in enumerate(flat)]
+    samples += [(data, {"captions": ["плоско"], "url": f"http://h/{200 + number}"}) for number, data in enumerate(flat)]
     return write_set(tmp_path_factory.mktemp("audit") / "set <1>", samples, per_tar=16)
 
 
@@ -60,7 +60,11 @@ def test_duplicates_fill_the_groups_and_nothing_else(folder):
     columns = after.columns(np.arange(len(after)))
     assert (found.bytes, found.pixels, found.groups, found.rows, found.largest) == (2, 3, 1, 5, 5)
     groups = dict(zip(columns["sample_id"].tolist(), columns["group"].tolist(), strict=True))
-    assert groups == {one: 100 if 100 <= one < 105 else -1 for one in ids.tolist()}
+    copies = {sample_id_of(f"http://h/{number}") for number in range(100, 105)}
+    shared = {groups[one] for one in copies}
+    assert len(shared) == 1
+    assert shared <= copies
+    assert all(groups[one] == -1 for one in set(ids.tolist()) - copies)
     assert after.fingerprint == before.fingerprint
     for name, values in before.columns(np.arange(len(before))).items():
         assert name == "group" or (columns[name] == values).all()
@@ -92,8 +96,9 @@ def test_overlap_with_an_evaluation_set_becomes_a_skip_list(folder, tmp_path):
     write_evalset(tmp_path / "eval", "test", examples, "retrieval")
     counts = overlap(Index.open(folder), [open_evalset(tmp_path / "eval")], tmp_path / "skip.parquet", workers=1)
     assert counts == {"eval/test": {"bytes": 1, "pixels": 1, "look": 2}}
-    assert read_skips(tmp_path / "skip.parquet") == {7: "overlap with eval/test, key s0000000, by look",
-                                                     9: "overlap with eval/test, key s0000001, by bytes"}
+    assert read_skips(tmp_path / "skip.parquet") == {
+        sample_id_of("http://h/7"): "overlap with eval/test, key s0000000, by look",
+        sample_id_of("http://h/9"): "overlap with eval/test, key s0000001, by bytes"}
     assert pq.read_schema(tmp_path / "skip.parquet").equals(SKIPS)
 
 

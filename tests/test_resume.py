@@ -28,6 +28,7 @@ from pipeline.reader import Place
 from pipeline.recipe import Cursor, Recipe
 from pipeline.replay import normalised, view
 from pipeline.sampling import KINDS, RECIPES, draw_captions, sample_vectors
+from pipeline.schema import sample_id_of
 from pipeline.skips import FORGOTTEN_NAME, write_skips
 from pipeline.stream import Stream
 
@@ -55,6 +56,19 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
+def url_of(number: int) -> str:
+    return f"http://host/{number}.jpg"
+
+
+NUMBER = {sample_id_of(url_of(number)): number for number in range(42)}
+ID = {number: sample_id for sample_id, number in NUMBER.items()}
+
+
+def numbers(sample_id: torch.Tensor) -> np.ndarray:
+    """Which of the 42 samples."""
+    return np.array([NUMBER[one] for one in sample_id.tolist()])
+
+
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Index:
     """Five shards of 5 to 13 samples from three sources; 42 samples with one to three captions."""
@@ -63,7 +77,7 @@ def index(tmp_path_factory) -> Index:
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
             for _ in range(count):
                 texts = [f"caption {10 * number + n}" for n in range(1 + number % 3)]
-                told = {"captions": texts, "source": sorted(WEIGHTS)[number % 3], "sample_id": 1000 + number}
+                told = {"captions": texts, "source": sorted(WEIGHTS)[number % 3], "url": url_of(number)}
                 add(tar, f"{number:05d}.jpg", encoded(picture(number, 40 + number, 50)))
                 add(tar, f"{number:05d}.json", json.dumps(told).encode())
                 number += 1
@@ -133,7 +147,7 @@ def test_an_epoch_holds_the_weights_with_different_views(index):
     plan = make_plan(index, WEIGHTS)
     assert len(plan) == 14 * 2 + 7 + round(14 * 0.6) + 14
     stream = run(index, [(1, 1)], len(plan), weights=WEIGHTS)
-    times = np.bincount(stream["sample_id"].numpy() - 1000, minlength=42)
+    times = np.bincount(numbers(stream["sample_id"]), minlength=42)
     source = np.arange(42) % 3
     for number, name in enumerate(sorted(WEIGHTS)):
         assert np.isin(times[source == number] - int(WEIGHTS[name]), (0, 1)).all()
@@ -169,13 +183,13 @@ def test_ten_thousand_vectors_are_bit_equal_however_they_are_asked_for(index):
 
 def test_captions_are_those_drawn(index):
     stream = run(index, [(1, 1)], 42)
-    ids = stream["sample_id"].numpy()
-    drawn = draw_captions(3, 0, 0, ids, 1 + (ids - 1000) % 3)
-    assert np.array_equal(stream["tokens"].ravel().numpy(), 10 * (ids - 1000) + drawn)
+    number = numbers(stream["sample_id"])
+    drawn = draw_captions(3, 0, 0, stream["sample_id"].numpy(), 1 + number % 3)
+    assert np.array_equal(stream["tokens"].ravel().numpy(), 10 * number + drawn)
 
 
 def test_skipped_rows_leave_and_change_the_hash(index, tmp_path):
-    gone = [1003, 1004, 1041, 5]
+    gone = [ID[3], ID[4], ID[41], 5]
     pq.write_table(pa.table({"sample_id": gone, "reason": [""] * 4}), tmp_path / "skip.parquet")
     pq.write_table(pa.table({"sample_id": gone[:1]}), tmp_path / "more.parquet")
     ids = read_skip_lists((tmp_path / "skip.parquet", tmp_path / "more.parquet"))
@@ -196,7 +210,7 @@ def test_skipped_rows_leave_and_change_the_hash(index, tmp_path):
     ({"cc3m": 1.0}, [], "source 'cc3m', which .* has not: it has 'cc', 'coco', 'flickr'"),
     ({"cc": 300.0}, [], "cc = 300.0 is not in 0 … 255"),
     ({"cc": 0.0, "coco": 0.0, "flickr": 0.0}, [], "no sample is left of 42"),
-    ({}, range(1000, 1042), "42 skipped"),
+    ({}, NUMBER, "42 skipped"),
 ])
 def test_plans_that_cannot_be_are_refused(index, weights, skip, message):
     with pytest.raises(InputError, match=message):
@@ -244,10 +258,10 @@ def test_the_loader_has_no_other_state(index):
 
 def test_a_takedown_leaves_the_rest_of_the_stream_as_it_was(index, tmp_path):
     shutil.copytree(index.folder, tmp_path / "set")
-    write_skips(tmp_path / "set" / FORGOTTEN_NAME, {1005: "asked", 1030: "asked"})
+    write_skips(tmp_path / "set" / FORGOTTEN_NAME, {ID[5]: "asked", ID[30]: "asked"})
     one, two = loader(index, 42, executor="pillow"), loader(Index.open(tmp_path / "set"), 42, executor="pillow")
     before, (after, _) = one.batch_at(0), next(stream := iter(two))
-    gone = torch.isin(before.sample_id, torch.tensor([1005, 1030]))
+    gone = torch.isin(before.sample_id, torch.tensor([ID[5], ID[30]]))
     assert torch.equal(after.valid, ~gone)
     assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in FIELDS)
     assert torch.equal(before.views[2][~gone], after.views[2][~gone])
@@ -255,7 +269,7 @@ def test_a_takedown_leaves_the_rest_of_the_stream_as_it_was(index, tmp_path):
     assert two._ledger.bad == 0, "a takedown is no fault"
     stream.close()
     one.close()
-    assert set(Stream.open(f"{tmp_path}/set/{{000..004}}.tar", np.array([1007])).skip_ids) == {1005, 1007, 1030}
+    assert set(Stream.open(f"{tmp_path}/set/{{000..004}}.tar", np.array([ID[7]])).skip_ids) == {ID[5], ID[7], ID[30]}
 
 
 def test_folders_of_shards_may_move(index, tmp_path):
