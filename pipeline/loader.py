@@ -180,6 +180,7 @@ class Indexed:
         """Raises InputError, also for shards that are gone or have changed since they were indexed."""
         index = Index.open(path)
         place.check(index.folder, index.manifest["shards"])
+        weights = {**index.manifest.get("weights", {}), **weights}  # `merge` stores what it was told
         uneven = {name: weight for name, weight in sorted(weights.items()) if weight != 1}
         chosen = {"weights": uneven, "skip": digest(skip_ids) if len(skip_ids) else ""}
         return cls(index, make_plan(index, weights, skip_ids), place, chosen)

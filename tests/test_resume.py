@@ -279,3 +279,12 @@ def test_folders_of_shards_may_move(index, tmp_path):
     moved = loader(index, 42, place=Place(url=str(tmp_path / "elsewhere")))
     assert moved.batch_at(0).valid.all()
     moved.close()
+
+
+def test_weights_of_a_merged_index_hold_unless_the_configuration_says_otherwise(index, tmp_path):
+    shutil.copytree(index.folder, tmp_path / "set")
+    manifest = tmp_path / "set" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "weights": {"cc": 3.0}}))
+    nothing = np.empty(0, np.int64)
+    assert len(Indexed.open(tmp_path / "set", {}, nothing, Place()).plan) == 42 + 2 * 14
+    assert len(Indexed.open(tmp_path / "set", {"cc": 1.0}, nothing, Place()).plan) == 42
