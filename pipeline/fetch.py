@@ -160,17 +160,18 @@ def _named(error: Exception) -> Failure:
 def opted_out(values: Iterable[str], user_agent: str) -> bool:
     """Whether X-Robots-Tag header values forbid use by us: one `directive` or `agent: directive` between commas.
 
-    An agent's scope lasts to the end of its header or to the next agent. `max-snippet:20` and its like carry a value,
+    Loose spellings count too: `;` or blanks between directives, a directive with a value. An agent's scope lasts to the end
+    of its header or to the next agent. `max-snippet:20` and its like carry a value,
     not an agent. Grammar: developers.google.com/search/docs/crawling-indexing/robots-meta-tag.
     """
-    ours = {"*", "uniclip", "img2dataset", *re.findall(r"[a-z][a-z0-9_-]+", user_agent.lower())}
+    ours = {"*", "all", "uniclip", "img2dataset", *re.findall(r"[a-z][a-z0-9_-]+", user_agent.lower())}
     for value in values:
         applies = True
-        for part in value.lower().split(","):
+        for part in re.split("[,;]", value.lower()):
             name, colon, rest = (piece.strip() for piece in part.partition(":"))
-            if colon and name not in _VALUED_DIRECTIVES and _AGENT.fullmatch(name):
+            if colon and name not in _VALUED_DIRECTIVES | OPT_OUTS and _AGENT.fullmatch(name):
                 applies, name = name in ours, rest
-            if applies and name in OPT_OUTS:
+            if applies and not OPT_OUTS.isdisjoint(name.split()):
                 return True
     return False
 

@@ -1,5 +1,6 @@
 """Several indexes → one, as Open30M is made: equal ids unite with their captions, shards stay where they are."""
 
+import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,6 +109,8 @@ def merge(out: Path, inputs: list[Input], command: str = "") -> dict:
     """
     indexes = [(Index.open(one.folder), one.weight) for one in inputs]
     weights = _weights(indexes)
+    if (out / MANIFEST_NAME).is_file() and "merged_from" not in json.loads((out / MANIFEST_NAME).read_text()):
+        raise InputError(f"{out} holds an index of its own, which merging would replace: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     gone = {key: reason for folder in (*(index.folder for index, _ in indexes), out)

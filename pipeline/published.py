@@ -23,6 +23,7 @@ _TAG = re.compile(r"<[^<>]*>")
 _LOOK_AT = 100
 # Columns of YFCC100M's yfcc100m_dataset, by their number: with line number and photo hash (the file that OpenAI's list
 # counts in) or without (Yahoo's ten parts) → places of photo id, title, description, download URL, video mark.
+_ID_DIGITS = 18  # of a photo id that int64 holds; Flickr's have 10 or 11
 _METADATA = {25: (1, 8, 9, 16, 24), 23: (0, 6, 7, 14, 22)}
 _SUBSET_TEXT = 400  # bytes of metadata text that one line of the subset list stands for, against 40 of its own
 
@@ -146,7 +147,7 @@ def _photo_ids(path: Path, stack: ExitStack) -> tuple[np.ndarray, list[Read], in
     def ids() -> Iterator[int]:
         for line, raw in enumerate(file, start=1):
             cells = raw.rstrip(b"\r\n").split(b"\t")
-            if len(cells) == 3 and cells[1].isdigit():
+            if len(cells) == 3 and cells[1].isdigit() and len(cells[1]) <= _ID_DIGITS:
                 yield int(cells[1])
                 continue
             if line == 1:
@@ -164,7 +165,7 @@ def _photo_id(cells: list[str], part: Path, number: int) -> int | None:
     if layout is None and number == 1:
         raise InputError(f"{part} line 1: {len(cells)} columns, expected YFCC100M's 25 (or 23 in Yahoo's parts): "
                          "this is another file")
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _ID_DIGITS else None
 
 
 def _photo(cells: list[str]) -> list | str:

@@ -102,7 +102,10 @@ def survival(folder: Path) -> dict[str, Report]:
 
 def _take_back(place: Path, before: Path, failed: dict[str, Counter]) -> None:
     """What `place` tried again no longer counts as it ended in the round before."""
-    tried = pa.concat_tables([outcomes(Store(place), shard, ["sample_id"]) for shard in shards_of(place)])["sample_id"]
+    done = list(shards_of(place))
+    if not done:  # a retry that was stopped before its first shard
+        return
+    tried = pa.concat_tables([outcomes(Store(place), shard, ["sample_id"]) for shard in done])["sample_id"]
     for shard in shards_of(before):
         rows = outcomes(Store(before), shard, ["sample_id", "source"])
         again = rows.filter(pc.is_in(rows["sample_id"], value_set=tried))  # pyright: ignore[reportAttributeAccessIssue]

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from trainer.losses import domain_pairs, formula_of, logits_within, pair_up, unit
+from trainer.losses import NoValidGroup, domain_pairs, formula_of, logits_within, pair_up, unit
 
 UNIFORMITY_SAMPLE = 1024
 SERIES = 1000  # terms; enough for τ ≥ 0.01 in any dimension
@@ -26,6 +26,8 @@ def diagnose(image_BVD: Tensor, text_BTD: Tensor, temperature_3: Tensor, offset_
     all are equal, about −4 where they are spread over the sphere. NaN where there is nothing to average.
     """
     kept = torch.ones(len(image_BVD), dtype=torch.bool, device=image_BVD.device) if valid is None else valid
+    if not kept.any():
+        raise NoValidGroup
     id_B = (torch.arange(len(image_BVD), device=image_BVD.device) if group_id is None else group_id)[kept]
     z_image_BVD, z_text_BTD = unit(image_BVD[kept]), unit(text_BTD[kept])
     logit_BSS = logits_within(z_image_BVD, z_text_BTD, temperature_3, offset_3)
@@ -61,7 +63,8 @@ def _negative_logits(z_image_BVD: Tensor, z_text_BTD: Tensor, temperature_3: Ten
     cosines = []
     for first, second in ((0, 0), (0, 1), (1, 1)):
         total = sums[first].sum(0) @ sums[second].sum(0) - (sums[first] * sums[second]).sum()
-        cosines.append(total / (counts[first].sum() * counts[second].sum() - counts[first] @ counts[second]))
+        pairs = counts[first].sum() * counts[second].sum() - counts[first] @ counts[second]
+        cosines.append(total / pairs if pairs > 0 else total.new_tensor(torch.nan))
     return (torch.stack(cosines) - offset_3) / temperature_3
 
 

@@ -77,6 +77,11 @@ class Ranks:
 
         return Groups(own, id_B[place[mine]], id_B[foreign], exchange)
 
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world > 1:
+            dist.barrier()
+
     def for_averaging(self, loss: Tensor) -> Tensor:
         """What to call backward on under DDP: ranks' gradients are shares to be added, and DDP averages them."""
         return loss * self.world

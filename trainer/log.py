@@ -44,7 +44,8 @@ class Log:
     def _line(self, m: dict) -> str:
         left = max(self._samples - m["samples"], 0) / max(m["samples_per_second"], 1e-9)
         temperature = "/".join(f"{t:.3f}" for t in m["temperature"])
-        return (f"samples {m['samples']:,}/{self._samples:,}  loss {m['loss']:.4f}  lr {m['lr']:.2e}  τ {temperature}  "
+        return (f"samples {m['samples']:,}/{self._samples:,}  loss {m['loss']:.4f} (chance {m['chance_loss']:.2f})  "
+                f"lr {m['lr']:.2e}  τ {temperature}  "
                 f"{m['samples_per_second']:.0f} samples/s  waiting for data {m['data_wait']:.1%}  "
                 f"left {left // 60:.0f}:{left % 60:02.0f}")
 

@@ -19,6 +19,7 @@ from pipeline.stream import Stream
 from pipeline.text import CaptionTokenizer
 from trainer import checkpoint
 from trainer.config import Config, DataConfig, TextConfig
+from trainer.diagnostics import chance_loss
 from trainer.distributed import ALONE, Ranks, Step, chunks, forward_backward, parallel, process_group
 from trainer.log import LEDGER, Log
 from trainer.losses import NoValidGroup
@@ -123,6 +124,7 @@ def train(config: Config, t: Training, ranks: Ranks = ALONE) -> Path:
     step = parallel(Step(t.model, run.precision == "bf16"), ranks, t.device)  # waits for all: none looks at the folder after
     saved = _open(config, t) if writes else run.folder
     log = Log(run.folder, optim.samples, t.cursor.samples_seen) if writes else None
+    ranks.wait()  # nobody reads or adds to the ledger before rank 0 has cut it back
     ledger = Ledger.resumed(run.folder / LEDGER, config.data.bad_sample_budget, t.cursor.samples_seen)
     loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ranks.rank, ranks.world, ledger)
     loss_of = partial(_loss, config, ranks)
@@ -153,8 +155,10 @@ def train(config: Config, t: Training, ranks: Ranks = ALONE) -> Path:
             done = after.samples_seen >= optim.samples
             if log and (t.step == 1 or t.step % run.log_every == 0 or done):
                 temperature_3, offset_3 = (x.detach() for x in t.model.similarity())
-                log.write({"step": t.step, "samples": after.samples_seen, "loss": loss.item(), "lr": rate,
-                           "grad_norm": gradient.item(), "temperature": temperature_3.tolist(),
+                chance = chance_loss(config.loss.name, config.loss.supervision, optim.batch_size, len(batch.views),
+                                     batch.tokens.shape[1], config.model.dim, temperature_3, offset_3)
+                log.write({"step": t.step, "samples": after.samples_seen, "loss": loss.item(), "chance_loss": chance,
+                           "lr": rate, "grad_norm": gradient.item(), "temperature": temperature_3.tolist(),
                            "offset": comparable_offsets(temperature_3, offset_3).tolist(),
                            **clock.lap(after.samples_seen), "seconds": t.seconds + clock.total})
             if writes and (done or after.samples_seen // run.save_every_samples > before // run.save_every_samples):
