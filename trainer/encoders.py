@@ -8,8 +8,6 @@ from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-POOLINGS = ("start", "end")
-
 
 class ImageEncoder(nn.Module):
     """f_I: image → h, the class token after the final norm. It never sees the augmentation vector.
