@@ -35,7 +35,7 @@ class TextEncoder(nn.Module):
     """f_T: token ids → the last activation of the start token, or of the end token.
 
     The start token sees the caption only under bidirectional attention; the end token is CLIP's and goes with causal
-    attention. Padding is whatever follows the first end token.
+    attention. Padding is whatever follows the first end token. Norms are torch's (ε = 1e-5), as in CLIP and open_clip.
     """
 
     def __init__(self, vocab_size: int, context: int, width: int, depth: int, heads: int, end_id: int,
@@ -44,7 +44,7 @@ class TextEncoder(nn.Module):
         self.pooling, self.end_id, self.width = pooling, end_id, width
         self.token = nn.Embedding(vocab_size, width)
         self.position = nn.Parameter(torch.empty(context, width))
-        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.apply(_initialise)
         nn.init.normal_(self.token.weight, std=0.02)
