@@ -36,13 +36,17 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 @dataclass(frozen=True)
 class Policy:
-    """One download's rules. timeout: seconds without a byte; deadline: seconds for one try with all its redirects."""
+    """One download's rules. timeout: seconds without a byte; deadline: seconds for one try with all its redirects.
+
+    rules: robots.txt is what is fetched; a longer one is cut, and headers that keep it out of search results say nothing.
+    """
 
     timeout: float = 10.0
     deadline: float = 40.0
     max_bytes: int = 50_000_000
     allow: tuple[str, ...] = ()
     user_agent: str = USER_AGENT
+    rules: bool = False
 
 
 class Failure(Exception):
@@ -109,17 +113,18 @@ def _hop(url: str, policy: Policy, end: float, judge: Callable[[str], None] | No
 
 
 def _answer(response: http.client.HTTPResponse, url: str, policy: Policy, large: Callable[[], None] | None) -> bytes | str:
-    if opted_out(response.headers.get_all("X-Robots-Tag", []), policy.user_agent):
+    if not policy.rules and opted_out(response.headers.get_all("X-Robots-Tag", []), policy.user_agent):
         raise Failure("opted out")
     if response.status in _REDIRECTS and (location := response.headers.get("Location")):
         return urljoin(url, quote(location, safe=_LEGAL + "#", encoding="latin-1"))  # headers arrive as Latin-1
     if not 200 <= response.status < 300:
         raise Failure(f"http {response.status}", passing=response.status in _PASSING_STATUS)
-    return _body(response, policy.max_bytes, large)
+    return _body(response, policy, large)
 
 
-def _body(response: http.client.HTTPResponse, limit: int, large: Callable[[], None] | None) -> bytes:
-    if (response.length or 0) > limit:
+def _body(response: http.client.HTTPResponse, policy: Policy, large: Callable[[], None] | None) -> bytes:
+    limit = policy.max_bytes
+    if (response.length or 0) > limit and not policy.rules:
         raise Failure("too large", f"{response.length} bytes announced")
     body = bytearray()
     while chunk := response.read(_CHUNK):
@@ -128,6 +133,8 @@ def _body(response: http.client.HTTPResponse, limit: int, large: Callable[[], No
             large()
             large = None
         if len(body) > limit:
+            if policy.rules:
+                return bytes(body[:limit])
             raise Failure("too large", f"more than {limit} bytes")
     if response.length:  # http.client does not raise on a short body when it is read in pieces
         raise Failure("connection broken", f"{response.length} bytes missing", passing=True)

@@ -1,21 +1,26 @@
-"""robots.txt, fetched under the same rules as everything else and asked before each hop."""
+"""robots.txt (RFC 9309), fetched under the same rules as everything else and asked before each hop. Protego reads it."""
 
+import re
 import threading
+from dataclasses import replace
 from urllib.parse import urlsplit, urlunsplit
-from urllib.robotparser import RobotFileParser
+
+from protego import Protego
 
 from pipeline.fetch import Failure, Policy, fetch
 
-_MAX_BYTES = 512_000  # RFC 9309 asks for 500 kibibytes at least
-_AGENT = "uniclip"
+_MAX_BYTES = 512_000  # RFC 9309 asks for 500 kibibytes; what comes after is not read
+_AGENT = re.compile(r"\b(?!Mozilla)[A-Za-z][\w-]*/[\w.]+")  # rules for `uniclip` and for `uniclip/0.1` are ours
 
 
 class Robots:
-    """Remembers each site's answer for as long as it lives. For many threads."""
+    """Remembers each site's answer for as long as it lives: a shard, so minutes, where RFC 9309 allows a day. For threads."""
 
     def __init__(self, policy: Policy):
-        self._policy = Policy(policy.timeout, policy.deadline, _MAX_BYTES, policy.allow, policy.user_agent)
-        self._sites: dict[str, RobotFileParser | Failure] = {}
+        self._policy = replace(policy, max_bytes=_MAX_BYTES, rules=True)
+        named = _AGENT.search(policy.user_agent)
+        self._agent = named[0] if named else "uniclip"
+        self._sites: dict[str, Protego | Failure] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -31,19 +36,16 @@ class Robots:
         rules = self._sites[site]
         if isinstance(rules, Failure):
             raise rules
-        if not rules.can_fetch(_AGENT, url):
+        if not rules.can_fetch(url, self._agent):
             raise Failure("robots.txt")
 
-    def _ask(self, site: str) -> RobotFileParser | Failure:
-        rules = RobotFileParser()
+    def _ask(self, site: str) -> Protego | Failure:
         try:
             body = fetch(f"{site}/robots.txt", self._policy)
         except Failure as failure:
             if failure.reason.startswith("http 4") and not failure.passing:
-                rules.parse([])  # no rules: everything may be fetched
-                return rules
-            if failure.reason in {"opted out", "too large"}:
-                return Failure("robots.txt", failure.reason)
+                return Protego()  # no rules: everything may be fetched
             return failure
-        rules.parse(body.decode("utf-8", "replace").splitlines())
-        return rules
+        if len(body) == _MAX_BYTES:
+            body = body[:body.rfind(b"\n") + 1]  # half a rule is another rule
+        return Protego.parse(body.decode("utf-8-sig", "replace"))

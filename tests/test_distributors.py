@@ -1,4 +1,4 @@
-"""The same download through processes, Ray, Spark and this very process; to folders and to fsspec URLs; with robots.txt."""
+"""The same download through processes, Ray, Spark and this very process; to folders and to fsspec URLs."""
 
 import hashlib
 import importlib.util
@@ -18,7 +18,6 @@ from pipeline.console import InputError, WorkFailed
 from pipeline.distributors import in_ray, in_spark
 from pipeline.download import Options, download
 from pipeline.fetch import Failure, Policy, fetch
-from pipeline.robots import Robots
 from pipeline.stores import Store
 
 COUNT = 60
@@ -133,34 +132,6 @@ def test_webp_is_stored_when_asked_for(plain, tmp_path):
     assert all(data[:4] == b"RIFF" and data[8:12] == b"WEBP" for data in images)
     with pytest.raises(InputError, match="'gif' is none of jpg, webp"):
         download(plain / "u.parquet", tmp_path / "other", Options(format="gif"))
-
-
-def test_robots_txt_is_obeyed_on_every_hop(tmp_path):
-    with serving() as site, serving() as other:
-        site.pages["/robots.txt"] = b"User-agent: *\nDisallow: /private\n\nUser-agent: uniclip\nDisallow: /ours"
-        other.pages["/robots.txt"] = b"User-agent: *\nDisallow: /"
-        site.pages |= {"/ok.jpg": encoded(picture(0)), "/ours/1.jpg": encoded(picture(1)),
-                       "/private/2.jpg": encoded(picture(2)), "/hop.jpg": (302, {"Location": other.url("/x.jpg")}, b"")}
-        other.pages["/x.jpg"] = encoded(picture(3))
-        urls = [site.url(path) for path in ("/ok.jpg", "/ours/1.jpg", "/private/2.jpg", "/hop.jpg")]
-        table = url_table(tmp_path / "u.parquet", urls)
-        report = download(table, tmp_path / "out", Options(distributor="inline", robots=True, **OPTIONS))
-        assert (report.stored, report.failed) == (2, {"robots.txt": 2})
-        assert (site.hits["/robots.txt"], site.hits["/ours/1.jpg"], other.hits["/x.jpg"]) == (1, 0, 0)
-        assert download(table, tmp_path / "all", Options(distributor="inline", **OPTIONS)).stored == 4
-
-
-@pytest.mark.parametrize(("answer", "reason"), [((404, {}, b""), None), ((403, {}, b""), None), ((503, {}, b""), "http 503"),
-                                                (b"\xff\xfe nonsense", None)])
-def test_robots_txt_that_cannot_be_read(answer, reason):
-    with serving() as site:
-        site.pages |= {"/robots.txt": answer, "/a.jpg": b"picture"}
-        policy = Policy(timeout=1, allow=HERE)
-        if reason is None:
-            assert fetch(site.url("/a.jpg"), policy, judge=Robots(policy).judge) == b"picture"
-            return
-        with pytest.raises(Failure, match=reason):
-            fetch(site.url("/a.jpg"), policy, judge=Robots(policy).judge)
 
 
 def test_ipv6_without_a_port_is_judged():
