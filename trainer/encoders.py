@@ -62,7 +62,7 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x_BLW = block(x_BLW, attn_mask=mask)
         at_B = torch.zeros_like(token_BL[:, 0]) if self.pooling == "start" else real_BL.sum(1) - 1
-        return self.norm(x_BLW[torch.arange(len(x_BLW), device=x_BLW.device), at_B])
+        return self.norm(x_BLW[torch.arange(x_BLW.shape[0], device=x_BLW.device), at_B])  # len() would fix B on export
 
 
 def _initialise(module: nn.Module) -> None:

@@ -36,11 +36,15 @@ class UniCLIP(nn.Module):
     def encode_image(self, image_BCHW: Float[Tensor, "B 3 S S"],
                      vector_BA: Float[Tensor, "B 11"] | None = None) -> Float[Tensor, "B D"]:
         """z of images seen through the augmentation `vector_BA`; the identity when it is not given → (B, D)."""
-        h_BW = self.image(image_BCHW)
+        return self.project_image(self.image(image_BCHW), vector_BA)
+
+    def project_image(self, h_BW: Float[Tensor, "B W"], vector_BA: Float[Tensor, "B 11"] | None = None
+                      ) -> Float[Tensor, "B D"]:
+        """z from h: g_I, and f_A's view of the vector; the identity when it is not given → (B, D)."""
         if self.augmentation is None:
             return self.image_head(h_BW)
         if vector_BA is None:
-            vector_BA = self.get_buffer("identity_A").expand(len(h_BW), -1)
+            vector_BA = self.get_buffer("identity_A").expand(h_BW.shape[0], -1)
         return self.image_head(h_BW, self.augmentation(vector_BA))
 
     def encode_text(self, token_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
