@@ -13,7 +13,8 @@ from pipeline.console import out as console
 if TYPE_CHECKING:
     from evaluation.evaluate import Bench
 
-app = make_app("Zero-shot, probes, retrieval, fine-tuning, comparisons and reports, with intervals and provenance.")
+app = make_app("Zero-shot, probes, retrieval, fine-tuning, comparisons and reports, with intervals and provenance.",
+               "uniclip-eval zeroshot runs/scenes-tiny evalsets/colour && uniclip-eval report runs/scenes-tiny")
 app.add_typer(data, name="data")
 
 Paths = Annotated[list[Path], typer.Argument(metavar="[CHECKPOINT] SET...", help="A run folder, or a folder inside its "

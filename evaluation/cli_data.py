@@ -8,7 +8,8 @@ import typer
 from pipeline.console import WorkFailed, say
 from pipeline.console import app as make_app
 
-data = make_app("Make and check evaluation sets in CLIP_benchmark's WebDataset layout.")
+data = make_app("Make and check evaluation sets in CLIP_benchmark's WebDataset layout.",
+                "uniclip-eval data retrieval shards evalsets/flickr8k && uniclip-eval data check evalsets/flickr8k")
 
 
 @data.command("retrieval")

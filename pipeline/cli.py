@@ -8,9 +8,11 @@ import typer
 from pipeline.cli_audit import COMMANDS
 from pipeline.cli_urls import urls
 from pipeline.console import app as make_app
-from pipeline.console import err, run, say
+from pipeline.console import command_line, err, run, say
 
-app = make_app("URL list → WebDataset shards → index, and what can be seen of them.")
+app = make_app("URL list → WebDataset shards → index, and what can be seen of them.",
+               "uniclip-data urls table captions.tsv urls.parquet && uniclip-data download urls.parquet shards && "
+               "uniclip-data index shards")
 
 Processes = Annotated[int | None, typer.Option(min=1, help="Shards at a time. [one for each core]")]
 Threads = Annotated[int, typer.Option(min=1, help="Fetches at a time in each process.")]
@@ -62,16 +64,13 @@ def download(
 
     Example: `uniclip-data download urls.parquet shards --allow-address 127.0.0.1`
     """
-    import shlex
-    import sys
-
     from pipeline.download import Options
     from pipeline.download import download as run_download
     from pipeline.fetch import USER_AGENT
 
     options = Options(image_size, shard_size, processes, threads, timeout, retries, tuple(allow_address or ()),
                       user_agent or USER_AGENT, format, robots, distributor)
-    for line in run_download(urls, out, options, shlex.join(sys.argv)).lines():
+    for line in run_download(urls, out, options, command_line()).lines():
         say(line)
 
 
@@ -90,13 +89,10 @@ def retry(
 
     Example: `uniclip-data retry shards --timeout 30`
     """
-    import shlex
-    import sys
-
     from pipeline.retry import retry as run_retry
 
     done = run_retry(folder, {"processes": processes, "threads": threads, "timeout": timeout, "retries": retries,
-                              "distributor": distributor}, shlex.join(sys.argv))
+                              "distributor": distributor}, command_line())
     if done is None:
         say("nothing to retry: no failure may heal")
         return
@@ -115,14 +111,11 @@ def index(
 
     Example: `uniclip-data index shards`
     """
-    import shlex
-    import sys
-
     from pipeline.indexing import build
 
     if (folder / "settings.json").is_file() and not (folder / "download.json").is_file():
         err.print(f"warning: the download into {folder} is not finished: run it again, then index again", style="yellow")
-    counts = build(folder, workers, shlex.join(sys.argv))["counts"]
+    counts = build(folder, workers, command_line())["counts"]
     for what, count in {"merged (equal sample id)": counts["merged"], **counts["excluded"]}.items():
         if count:
             say(f"{count:>12,}  {what}")
@@ -138,13 +131,10 @@ def merge(
 
     Example: `uniclip-data merge open30m shards/cc3m=2 shards/cc12m shards/yfcc15m`
     """
-    import shlex
-    import sys
-
     from pipeline.merging import merge as run_merge
     from pipeline.merging import parse_input
 
-    manifest = run_merge(out, [parse_input(text) for text in inputs], shlex.join(sys.argv))
+    manifest = run_merge(out, [parse_input(text) for text in inputs], command_line())
     counts = manifest["counts"]
     for what, count in {"merged (equal sample id)": counts["merged"], **counts["excluded"]}.items():
         if count:

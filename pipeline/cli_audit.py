@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.console import say
+from pipeline.console import command_line, say
 
 IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of an index.")]
 SkipList = Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The skip list to write.")]
@@ -98,15 +98,12 @@ def forget(
 
     Example: `uniclip-data forget shards https://example.com/me.jpg --rewrite`
     """
-    import shlex
-    import sys
-
     from pipeline.console import existing
     from pipeline.takedown import forget as run_forget
     from pipeline.takedown import parse
 
     words = [*(what or []), *(existing(file, "the list").read_text().splitlines() if file else [])]
-    counts = run_forget(folder, parse(words), reason, rewrite, shlex.join(sys.argv))
+    counts = run_forget(folder, parse(words), reason, rewrite, command_line())
     say(f"{counts['named']:>12,}  named, {counts['indexed']:,} of them were in the index, "
         f"{counts['removed']:,} removed from tars; {folder}/forgotten.parquet keeps them out")
 

@@ -11,7 +11,8 @@ from pipeline.console import err, say
 if TYPE_CHECKING:
     from pipeline.sources import Tally
 
-urls = make_app("Write urls.parquet, the table that `download` reads.")
+urls = make_app("Write urls.parquet, the table that `download` reads.",
+                "uniclip-data urls table captions.csv urls.parquet --url-column image_url --caption-column text")
 Out = Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The URL table to write.")]
 Expect = Annotated[int | None, typer.Option(min=0, help="Rows the list must have; 0: any. [the published number]")]
 

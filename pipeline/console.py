@@ -1,15 +1,18 @@
 """What every command shares: errors with an exit code, progress for people and for log files."""
 
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sized
+from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 
 T = TypeVar("T")
 OK, WORK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+_UsageError: Any = typer.BadParameter.__base__  # Typer exports none that every release has
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -24,25 +27,51 @@ class WorkFailed(RuntimeError):
 
 
 def run(app: typer.Typer) -> None:
-    """Run a Typer app; our two errors become one clear line and an exit code instead of a traceback."""
+    """Run a Typer app; our two errors and wrong usage become one clear line and an exit code, not a traceback or a box."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except (InputError, WorkFailed) as error:
-        err.print(f"error: {error}", style="red", markup=False)
-        sys.exit(WRONG_INPUT if isinstance(error, InputError) else WORK_FAILED)
+        _fail(str(error), WRONG_INPUT if isinstance(error, InputError) else WORK_FAILED)
+    except _UsageError as error:
+        told = " ".join(error.format_message().split()).rstrip(".")
+        if not told:  # a command without arguments: its help is on the screen
+            sys.exit(WRONG_INPUT)
+        _fail(f"{told[0].lower()}{told[1:]}: see {error.ctx.command_path} --help", WRONG_INPUT)
     except OSError as error:  # a folder that cannot be written, a full disk: the system's own words name the place
-        err.print(f"error: {error}", style="red", markup=False)
-        sys.exit(WORK_FAILED)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # Typer turns Ctrl-C into it without a word
-            err.print("stopped by Ctrl-C; what is finished is kept (see --help on how to go on)", style="red")
-        raise
+        _fail(str(error), WORK_FAILED)
+    if code == INTERRUPTED:  # Typer turns Ctrl-C into it without a word
+        err.print("stopped by Ctrl-C; what is finished is kept (see --help on how to go on)", style="red")
+    sys.exit(code)
 
 
-def app(help: str) -> typer.Typer:
-    """A Typer app with the settings all our commands share."""
-    return typer.Typer(help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                       rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
+def _fail(told: str, code: int) -> NoReturn:
+    err.print(f"error: {told}", style="red", markup=False)
+    sys.exit(code)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        say(f"uniclip {version('uniclip')}")
+        raise typer.Exit
+
+
+def app(help: str, example: str) -> typer.Typer:
+    """A Typer app with the settings all our commands share; its help ends with the example."""
+    made = typer.Typer(help=help, epilog=f"Example: `{example}`", no_args_is_help=True, add_completion=False,
+                       pretty_exceptions_enable=False, rich_markup_mode="markdown",
+                       context_settings={"help_option_names": ["--help", "-h"]})
+
+    @made.callback()
+    def shared(version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True,
+                                                     help="Show the version and exit.")] = False) -> None:
+        pass
+
+    return made
+
+
+def command_line() -> str:
+    """What was typed, with the program's name but not its folder, for the records."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def existing(path: Path, what: str, cure: str = "") -> Path:

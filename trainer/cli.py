@@ -9,7 +9,8 @@ from pipeline.console import app as make_app
 from pipeline.console import run as run_app
 from pipeline.console import say
 
-app = make_app("Train UniCLIP and the systems it is compared with.")
+app = make_app("Train UniCLIP and the systems it is compared with.",
+               "uniclip-train run scenes-tiny --set data.index=shards && uniclip-train resume runs/scenes-tiny")
 
 
 @app.command()

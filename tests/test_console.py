@@ -1,0 +1,45 @@
+"""What every command shares: wrong usage is one plain line and exit code 2, help ends with an example, --version."""
+
+from importlib.metadata import version
+
+import pytest
+from conftest import command
+from test_architecture import PROGRAMS
+
+WRONG = {
+    ("uniclip-data", "nosuch"): "no such command 'nosuch': see uniclip-data --help",
+    ("uniclip-data", "urls", "nosuch"): "no such command 'nosuch': see uniclip-data urls --help",
+    ("uniclip-data", "peek", "shards"): "missing argument 'OUT.html': see uniclip-data peek --help",
+    ("uniclip-data", "stats", "a", "b"): "got unexpected extra argument(s) (b): see uniclip-data stats --help",
+    ("uniclip-train", "--nosuch"): "no such option: --nosuch: see uniclip-train --help",
+    ("uniclip-eval", "suite", "--nosuch"): "no such option: --nosuch (Possible options: --out): see uniclip-eval suite --help",
+}
+
+
+@pytest.mark.parametrize("words", WRONG, ids=" ".join)
+def test_wrong_usage_is_one_line_and_exit_code_2(words):
+    done = command(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {WRONG[words]}\n")
+
+
+def test_a_wrong_value_names_its_option():
+    done = command("uniclip-data", "peek", "shards", "out.html", "--count", "0")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "'--count'" in done.stderr
+    assert done.stderr.endswith("see uniclip-data peek --help\n")
+
+
+@pytest.mark.parametrize("words", [*((name,) for name in PROGRAMS), ("uniclip-data", "urls"), ("uniclip-eval", "data")],
+                         ids=" ".join)
+def test_help_of_a_group_ends_with_an_example(words):
+    done = command(*words, "--help", env={"PATH": "/usr/bin:/bin", "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].strip().startswith(f"Example: {' '.join(words)}")
+    assert command(*words).returncode == 2
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_version(program):
+    done = command(program, "--version")
+    assert (done.returncode, done.stdout) == (0, f"uniclip {version('uniclip')}\n")
