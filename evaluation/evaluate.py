@@ -11,11 +11,12 @@ from pathlib import Path
 from evaluation import examples, outcomes, probe, retrieval, zeroshot
 from evaluation.cache import Cache
 from evaluation.prompts import OWN
-from evaluation.results import Provenance, Row, append_rows, read_rows, versions
+from evaluation.results import Provenance, Row, append_rows, read_rows
 from evaluation.subject import Subject
 from evaluation.task import Finding, Job, Plan
 from pipeline.console import InputError, say
 from pipeline.evalsets import CLASSIFICATION, RETRIEVAL, EvalSet, open_evalset
+from pipeline.versions import versions
 
 SEED = 0  # of the bootstrap, of held-out images and of the choice of examples
 RESULTS, FEATURES = "results.jsonl", "features"

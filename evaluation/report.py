@@ -11,11 +11,12 @@ from markupsafe import Markup
 from evaluation import examples, paper
 from evaluation.curves import loss_curve, read_metrics, temperature_curve
 from evaluation.evaluate import RESULTS
-from evaluation.results import Row, read_rows, versions
+from evaluation.results import Row, read_rows
 from evaluation.tables import shown as percentage
 from evaluation.tables import write_csv, write_markdown
 from pipeline.console import existing
 from pipeline.files import replacing
+from pipeline.versions import versions
 from trainer import checkpoint
 
 PAGE, VIEWS, METRICS = "report.html", "views.png", "metrics.jsonl"

@@ -1,17 +1,13 @@
 """Result rows: one JSON line a number, with its interval and everything needed to get it again."""
 
 import json
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.console import InputError
 
-PACKAGES = ("uniclip", "torch", "timm", "webdataset", "pillow", "numpy")
 Row = dict[str, Any]
 
 
@@ -46,18 +42,6 @@ class Provenance:
     def fits(self, row: Row) -> bool:
         """Whether `row` was measured on the same weights, data, prompts and transform, by the same protocol."""
         return all(row.get(name) == value for name, value in asdict(self).items())
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a number, and the commit when this is a checkout."""
-    found = {name: version(name) for name in PACKAGES}
-    root = Path(__file__).parent.parent
-    if (root / ".git").exists():
-        git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-                             capture_output=True, text=True, check=False)
-        found["commit"] = git.stdout.strip() or "unknown"
-    return found
 
 
 def read_rows(path: Path) -> list[Row]:

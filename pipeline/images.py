@@ -75,7 +75,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def flatten(image: Image.Image) -> Image.Image:
+    """A decoded picture of any mode → upright 8-bit RGB on white."""
     return _on_white(_eight_bit(ImageOps.exif_transpose(image)))
 
 
@@ -85,7 +86,7 @@ def upright_rgb(data: bytes) -> Image.Image:
     Raises Undecodable for anything that is not a complete image of at most MAX_PIXELS in one of FORMATS.
     """
     with _decoding(data):
-        return _flatten(_open(data))
+        return flatten(_open(data))
 
 
 def inspect(data: bytes) -> ImageFacts:
@@ -94,7 +95,7 @@ def inspect(data: bytes) -> ImageFacts:
         image = _open(data)
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         plain = image.format == "JPEG" and image.mode in {"RGB", "L"} and orientation not in range(2, 9)
-        return ImageFacts(*(image if plain else _flatten(image)).size, plain)
+        return ImageFacts(*(image if plain else flatten(image)).size, plain)
 
 
 def plain_bytes(data: bytes) -> bytes:
