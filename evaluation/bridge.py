@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pipeline.console import InputError
@@ -14,14 +13,14 @@ VERSION = "1.6.2"
 
 
 def load(model_name: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu"):
-    """(model, transform, tokenizer) of a run or checkpoint folder, as CLIP_benchmark's loaders return them."""
+    """(model, transform, tokenizer) of a run, checkpoint or export folder, as CLIP_benchmark's loaders return them."""
     import torch
 
-    from evaluation.subject import our_transform
-    from trainer.checkpoint import load_model
+    from trainer.embedder import transform_to
+    from trainer.export import open_model
 
-    loaded = load_model(Path(pretrained), device)
-    return loaded.model, our_transform(loaded.image_size), lambda texts: torch.from_numpy(loaded.tokenizer(texts))
+    loaded = open_model(pretrained, device)
+    return loaded.model, transform_to(loaded.image_size), lambda texts: torch.from_numpy(loaded.tokenizer(texts))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ B batch, L tokens, W width of the image tower, D embedding.
 """
 
 import hashlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipeline.console import InputError, existing
 from pipeline.files import sha256_of
 from pipeline.images import upright_rgb
-from pipeline.replay import center_crop, eval_view
-from pipeline.replay import view as draw
-from trainer.checkpoint import TOKENIZER, Loaded, load_model
+from pipeline.replay import eval_view
+from trainer.checkpoint import TOKENIZER, Loaded
+from trainer.export import open_model
 
 CROP_NAME = "central square, bicubic {} px, CLIP mean and std, identity vector, fp32"
 
@@ -65,9 +63,9 @@ def pick_device(name: str) -> str:
 
 
 def checkpoint_subject(path: Path, device: str = "auto") -> Subject:
-    """A run folder or a checkpoint folder of ours. Raises InputError when there is none or it is damaged."""
+    """A run, checkpoint or export folder of ours, or hf://ORG/NAME. Raises InputError when there is none or it is damaged."""
     device = pick_device(device)
-    loaded = load_model(path, device)
+    loaded = open_model(path, device)
     return Subject(loaded.folder.name, loaded.run, loaded.weights_sha256, sha256_of(loaded.folder / TOKENIZER),
                    CROP_NAME.format(loaded.image_size), torch.device(device),
                    lambda data: eval_view(data, loaded.image_size), _our_images(loaded), loaded.model.encode_text,
@@ -120,19 +118,3 @@ def _their_images(visual: torch.nn.Module) -> ImageEncoder:
 
     visual.proj = None  # type: ignore[assignment]  # the tower then returns what it would have projected
     return encode
-
-
-def our_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """A decoded picture as our checkpoints see it, for other harnesses."""
-
-    def transform(image: Image.Image) -> Tensor:
-        upright = image.convert("RGB") if image.mode == "RGB" else upright_rgb(_png(image))
-        return torch.from_numpy(draw(upright, center_crop(*upright.size), image_size))
-
-    return transform
-
-
-def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()

@@ -145,9 +145,9 @@ def test_every_picture_is_seen_alike(run: Path, sets: dict[str, Path]) -> None:
 
     from PIL import Image
 
-    from evaluation.subject import our_transform
+    from trainer.embedder import transform_to
 
     subject = checkpoint_subject(run, "cpu")
-    transform = our_transform(subject.model.image.size)  # type: ignore[union-attr,arg-type]
+    transform = transform_to(subject.model.image.size)  # type: ignore[union-attr,arg-type]
     for _, data, _ in list(open_evalset(sets["zeroshot"]).examples())[:9]:
         assert np.array_equal(transform(Image.open(io.BytesIO(data))).numpy(), subject.view(data))

@@ -46,6 +46,23 @@ def resume(folder: Annotated[Path, typer.Argument(help="The folder of the run.")
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a folder inside its checkpoints/.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or an older export to replace.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Both towers as ONNX too, checked against torch.")] = False,
+) -> None:
+    """Write a trained model as a folder that `trainer.load` opens, in the Hugging Face Hub's layout.
+
+    Example: `uniclip-train export runs/photos photos-model --onnx`
+    """
+    from trainer.export import export as write_export
+
+    for name, difference in write_export(source, folder, onnx).items():
+        say(f"{name}: within {difference:.0e} of torch, at every caption length and batch size tried")
+    say(f"export {folder}")
+
+
+@app.command()
 def presets() -> None:
     """List the configurations that come with the package.
 
