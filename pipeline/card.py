@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from pipeline.console import InputError
 from pipeline.files import replacing
 from pipeline.index import Index
 from pipeline.peek import picture_sheet
@@ -45,7 +46,9 @@ def _made(index: Index) -> list[str]:
 
 
 def write_card(index: Index, out: Path, name: str = "") -> dict[str, Any]:
-    """Write OUT and the picture beside it, OUT's name with .png; returns the statistics."""
+    """Write OUT and the picture beside it, OUT's name with .png; returns the statistics. Raises InputError."""
+    if out.suffix == ".png":
+        raise InputError(f"{out} is where the card's picture goes: give a name such as {out.with_suffix('.md')}")
     told = statistics(index)
     picture = out.with_suffix(".png")
     picture_sheet(index, picture)

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_audit import COMMANDS
+from pipeline.cli_audit import COMMANDS, IndexFolder
 from pipeline.cli_urls import urls
 from pipeline.console import app as make_app
-from pipeline.console import command_line, err, run, say
+from pipeline.console import command_line, err, on_this_machine, run, say
 
 app = make_app("URL list → WebDataset shards → index, and what can be seen of them.",
                "uniclip-data urls table captions.tsv urls.parquet && uniclip-data download urls.parquet shards && "
@@ -76,7 +76,7 @@ def download(
 
 @app.command()
 def retry(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `download` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", callback=on_this_machine, help="Folder that `download` wrote.")],
     processes: Processes = None,
     threads: Threads = 32,
     timeout: Timeout = 10,
@@ -104,7 +104,7 @@ def retry(
 
 @app.command()
 def index(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with WebDataset tars.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", callback=on_this_machine, help="Folder with WebDataset tars.")],
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [one for each core]")] = None,
 ) -> None:
     """Decode every image and write index.arrow and manifest.json; what is unusable goes to quarantine.jsonl.
@@ -124,7 +124,8 @@ def index(
 
 @app.command()
 def merge(
-    out: Annotated[Path, typer.Argument(help="Folder for the merged index; the shards stay where they are.")],
+    out: Annotated[Path, typer.Argument(callback=on_this_machine,
+                                         help="Folder for the merged index; the shards stay where they are.")],
     inputs: Annotated[list[str], typer.Argument(metavar="DIR[=WEIGHT]...", help="Indexes to unite, as shards/cc3m=2.")],
 ) -> None:
     """Unite indexes into one; equal ids become one sample with all captions. Weights go into its manifest.
@@ -134,7 +135,10 @@ def merge(
     from pipeline.merging import merge as run_merge
     from pipeline.merging import parse_input
 
-    manifest = run_merge(out, [parse_input(text) for text in inputs], command_line())
+    united = [parse_input(text) for text in inputs]
+    for one in united:
+        on_this_machine(one.folder)
+    manifest = run_merge(out, united, command_line())
     counts = manifest["counts"]
     for what, count in {"merged (equal sample id)": counts["merged"], **counts["excluded"]}.items():
         if count:
@@ -146,7 +150,7 @@ def merge(
 
 @app.command()
 def views(
-    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    index: IndexFolder,
     out: Annotated[Path, typer.Argument(help="Picture to write, .png.")],
     size: Annotated[int, typer.Option(help="Side of a view in pixels.", min=8)] = 224,
     samples: Annotated[int, typer.Option(help="Samples to draw, a row each.", min=1, max=50)] = 4,
@@ -170,7 +174,7 @@ def views(
 
 @app.command()
 def replay(
-    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    index: IndexFolder,
     out: Annotated[Path, typer.Argument(help="Picture to write, .png.")],
     sample_id: Annotated[int, typer.Option(help="As logged.")],
     vector: Annotated[str, typer.Option(help="The 11 numbers as logged, a JSON list.")],
@@ -189,7 +193,7 @@ def replay(
 
 @app.command()
 def bench(
-    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    index: IndexFolder,
     samples: Annotated[int, typer.Option(help="Samples a round.", min=8)] = 64,
     rounds: Annotated[int, typer.Option(help="Each way in takes turns; medians are shown.", min=1)] = 7,
     size: Annotated[int, typer.Option(help="Side of a view in pixels.", min=8)] = 224,

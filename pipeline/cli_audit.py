@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from pipeline.console import command_line, say
+from pipeline.console import command_line, on_this_machine, say
 
-IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of an index.")]
-SkipList = Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The skip list to write.")]
+IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", callback=on_this_machine, help="Folder of an index.")]
+SkipList = Annotated[Path, typer.Argument(metavar="OUT.parquet", callback=on_this_machine, help="The skip list to write.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes. [one for each core]")]
 Distance = Annotated[int, typer.Option(min=0, max=16, help="Of 64 bits of a perceptual hash, at most this many differ.")]
 Keep = Annotated[list[str] | None, typer.Option(metavar="CONDITION", help="As 'side>=128'; all must hold.")]
@@ -88,7 +88,8 @@ def filter(index: IndexFolder, out: SkipList, keep: Keep = None) -> None:
 
 
 def forget(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a download or of an index.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", callback=on_this_machine,
+                                            help="Folder of a download or of an index.")],
     what: Annotated[list[str] | None, typer.Argument(help="URLs, sample ids, sha256 sums of images.")] = None,
     file: Annotated[Path | None, typer.Option("--list", help="The same, one a line, from a file.")] = None,
     reason: Annotated[str, typer.Option(help="Kept with each, for people.")] = "takedown",
@@ -110,7 +111,7 @@ def forget(
 
 def card(
     index: IndexFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT.md", help="The card; its picture is OUT.png.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.md", callback=on_this_machine, help="The card; its picture is OUT.png.")],
     name: Annotated[str, typer.Option(help="What the set is called. [the folder's name]")] = "",
 ) -> None:
     """Write a data card: counts, survival by reason, licence notes, provenance, a picture.
@@ -126,7 +127,7 @@ def card(
 
 def peek(
     index: IndexFolder,
-    out: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.html", callback=on_this_machine, help="The page to write.")],
     count: Annotated[int, typer.Option(min=1, max=1000, help="Samples to show.")] = 60,
     seed: Annotated[int, typer.Option(min=0, help="Another seed shows others.")] = 0,
     keep: Keep = None,
@@ -154,10 +155,11 @@ def doctor(
     """
     from rich.table import Table
 
-    from pipeline.console import OK, WORK_FAILED, existing, out
+    from pipeline.console import OK, WORK_FAILED, InputError, existing, out
     from pipeline.doctor import examine
 
-    existing(folder, "the folder", "make it, or give one that is there")
+    if not existing(folder, "the folder", "make it, or give one that is there").is_dir():
+        raise InputError(f"{folder} is a file: give the folder where the set will be")
     table, code = Table("", "found", "cure"), OK
     marks = {True: "[green]good", False: "[red]bad", None: "–"}
     for finding in examine(folder, urls, image_size):

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.console import app as make_app
-from pipeline.console import err, say
+from pipeline.console import err, on_this_machine, say
 
 if TYPE_CHECKING:
     from pipeline.sources import Tally
 
 urls = make_app("Write urls.parquet, the table that `download` reads.",
                 "uniclip-data urls table captions.csv urls.parquet --url-column image_url --caption-column text")
-Out = Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The URL table to write.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT.parquet", callback=on_this_machine, help="The URL table to write.")]
 Expect = Annotated[int | None, typer.Option(min=0, help="Rows the list must have; 0: any. [the published number]")]
 
 
@@ -33,7 +33,7 @@ def _published(name: str, file: Path, out: Path, expect: int | None) -> None:
 @urls.command()
 def table(
     file: Annotated[Path, typer.Argument(help="Table with a header: .csv, .tsv (no quoting), .jsonl or .parquet.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The URL table to write.")],
+    out: Out,
     url_column: Annotated[str, typer.Option(help="Column with the URL, or with a path for --url-prefix.")] = "url",
     caption_column: Annotated[list[str] | None, typer.Option(help="Repeat to keep several. [caption]")] = None,
     url_prefix: Annotated[str, typer.Option(help="Put before each path, which is percent-quoted.")] = "",

@@ -1,5 +1,6 @@
 """What every command shares: errors with an exit code, progress for people and for log files."""
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sized
@@ -37,7 +38,9 @@ def run(app: typer.Typer) -> None:
         if not told:  # a command without arguments: its help is on the screen
             sys.exit(WRONG_INPUT)
         _fail(f"{told[0].lower()}{told[1:]}: see {error.ctx.command_path} --help", WRONG_INPUT)
-    except OSError as error:  # a folder that cannot be written, a full disk: the system's own words name the place
+    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        _fail(f"{f'{error.filename}: {error.strerror}' if error.filename else error}: give another path", WRONG_INPUT)
+    except OSError as error:  # a full disk: the system's own words name the place
         _fail(str(error), WORK_FAILED)
     if code == INTERRUPTED:  # Typer turns Ctrl-C into it without a word
         err.print("stopped by Ctrl-C; what is finished is kept (see --help on how to go on)", style="red")
@@ -77,7 +80,15 @@ def command_line() -> str:
 def existing(path: Path, what: str, cure: str = "") -> Path:
     """`path` itself when it is there, an InputError that names it otherwise."""
     if not path.exists():
-        raise InputError(f"{what} {path} does not exist" + (f": {cure}" if cure else ""))
+        raise InputError(f"{what} {path} does not exist: " + (cure or f"give its path, seen from {Path.cwd()}"))
+    return path
+
+
+def on_this_machine(path: Path) -> Path:
+    """For arguments that must be paths here. Raises InputError for a URL."""
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/(?=[^/])", str(path)):  # of :// a Path keeps one slash
+        raise InputError(f"{found[1]}://{str(path)[found.end():]}: only `download` writes to a URL: give a path of this "
+                         "machine (mount the bucket, or copy the shards here)")
     return path
 
 

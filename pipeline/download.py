@@ -99,24 +99,35 @@ def _tasks(table: pq.ParquetFile, size: int, done: set[int], forgotten: np.ndarr
 def _slices(table: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
     """The table in pieces of `size` rows, holding one row group at a time."""
     rest = table.schema_arrow.empty_table()
-    for batch in table.iter_batches(batch_size=max(size, 65_536)):
-        rest = pa.concat_tables([rest, pa.Table.from_batches([batch])])
-        while rest.num_rows >= size:
-            yield rest.slice(0, size)
-            rest = rest.slice(size)
+    try:
+        for batch in table.iter_batches(batch_size=max(size, 65_536)):
+            rest = pa.concat_tables([rest, pa.Table.from_batches([batch])])
+            while rest.num_rows >= size:
+                yield rest.slice(0, size)
+                rest = rest.slice(size)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"the URL table is damaged ({error}): write it again with `uniclip-data urls`") from None
     if rest.num_rows:
         yield rest
 
 
-def _bind(out: Store, settings: dict) -> None:
-    """Keep the settings beside the shards; on resume refuse others. Raises InputError with the field named."""
+def _bind(out: Store, settings: dict, table: dict) -> None:
+    """Keep the settings beside the shards; on resume refuse others. Raises InputError with the field named.
+
+    table: name and rows, for the message when urls_sha256 is another.
+    """
     names = out.names()
     if SETTINGS not in names:
         if tar := next((name for name in sorted(names) if name.endswith(".tar")), None):
             raise InputError(f"{out}/{tar} was not downloaded by this command: choose another folder")
-        out.write_json(SETTINGS, settings)
+        out.write_json(SETTINGS, {**settings, "table": table})
         return
     before = {**Options().binding(), **out.read_json(SETTINGS)}
+    if before.get("urls_sha256") != settings["urls_sha256"]:
+        old, new = (f"{one['name']} of {one['rows']:,} rows" if one else "another table"
+                    for one in (before.get("table"), table))
+        raise InputError(f"{out} was begun with {old}, now it is {new}{' with another content' if old == new else ''}: "
+                         "use the same table, or another folder")
     for name, value in settings.items():
         if before.get(name) != value:
             raise InputError(f"{out} was begun with {name} = {before.get(name)!r}, now it is {value!r}: "
@@ -172,14 +183,18 @@ def _run(table: pq.ParquetFile, out: Store, options: Options, done: set[int]) ->
         shutil.rmtree(out.local / _SCRATCH)
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, out: Path | str) -> None:
     distributor(options.distributor)
     if options.format not in FORMATS:
         raise InputError(f"--format {options.format!r} is none of {', '.join(FORMATS)}")
+    if not (options.user_agent.isascii() and options.user_agent.isprintable()):
+        raise InputError(f"--user-agent {options.user_agent!r} must be one line of ASCII letters and signs")
     try:
         networks(options.allow_address)
     except ValueError as error:
-        raise InputError(f"--allow-address: {error}") from None
+        raise InputError(f"--allow-address: {error}: give an address or a block such as 10.0.0.0/8") from None
+    if str(out).startswith("memory://") and options.distributor != "inline":
+        raise InputError(f"{out} is seen by one process only: use --distributor inline, or another place")
 
 
 def download(urls: Path, out: Path | str, options: Options, command: str = "", may_be_empty: bool = False) -> Report:
@@ -189,17 +204,18 @@ def download(urls: Path, out: Path | str, options: Options, command: str = "", m
     could be fetched, unless that is expected.
     """
     table = _table(urls)
-    _check(options)
+    _check(options, out)
     store = Store(out)
     if store.local:
         if store.local.exists() and not store.local.is_dir():
             raise InputError(f"{out} is a file: give a folder for the shards")
         store.local.mkdir(parents=True, exist_ok=True)
     with _locked(store.local) if store.local else nullcontext():  # object stores have no locks: run one download there
-        _bind(store, {"urls_sha256": sha256_of(urls), **options.binding()})
         try:
+            _bind(store, {"urls_sha256": sha256_of(urls), **options.binding()},
+                  {"name": urls.name, "rows": table.metadata.num_rows})
             return _complete(table, urls, store, options, command, may_be_empty)
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:
             raise WorkFailed(f"{out}: {error}: run the same command again to go on") from error
 
 

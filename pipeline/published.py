@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.console import InputError, existing
 from pipeline.sources import Choice, Tally, write_table
-from pipeline.tables import Read, Table, cells_of, jsonl, opened, tsv
+from pipeline.tables import Read, Table, cells_of, jsonl, lines, opened, tsv
 
 _URL = re.compile(r"(?i)https?://")
 _TAG = re.compile(r"<[^<>]*>")
@@ -115,7 +115,7 @@ def _joined(path: Path, metadata: tuple[Path, ...], stack: ExitStack) -> Table:
         for part in metadata:
             file, position, _ = opened(part, stack)
             at.append(position)
-            for number, raw in enumerate(file, start=1):
+            for number, raw in enumerate(lines(file, part), start=1):
                 cells = cells_of(raw)
                 photo = _photo_id(cells, part, number)
                 place = int(np.searchsorted(listed, photo)) if photo is not None else len(listed)
@@ -145,7 +145,7 @@ def _photo_ids(path: Path, stack: ExitStack) -> tuple[np.ndarray, list[Read], in
     bad: list[Read] = []
 
     def ids() -> Iterator[int]:
-        for line, raw in enumerate(file, start=1):
+        for line, raw in enumerate(lines(file, path), start=1):
             cells = raw.rstrip(b"\r\n").split(b"\t")
             if len(cells) == 3 and cells[1].isdigit() and len(cells[1]) <= _ID_DIGITS:
                 yield int(cells[1])

@@ -229,7 +229,7 @@ def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, Exi
     `source_row` counts the table's rows from 1. Raises InputError for a wrong file or column, or when nothing is left.
     """
     if out.exists() and out.samefile(path):
-        raise InputError(f"{out} is the table itself: give another name for the URLs, such as {path.stem}.parquet")
+        raise InputError(f"{out} is the table itself: give another name for the URLs, such as {path.stem}-urls.parquet")
     tally, refusals = Tally(), out.with_suffix(".refused.jsonl")
     choice = replace(choice, source=choice.source or path.stem)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,17 +8,26 @@ from typing import Any
 
 import fsspec
 
+from pipeline.console import InputError
 from pipeline.files import write_json
 
 
 class Store:
-    """Files by name in one folder. A name that exists is a whole file: local ones are renamed, objects are put whole."""
+    """Files by name in one folder. A name that exists is a whole file: local ones are renamed, objects are put whole.
+
+    Raises InputError for a URL that fsspec does not know or has no driver for.
+    """
 
     def __init__(self, place: str | os.PathLike):
-        self.url = os.fspath(place)
+        self.url = os.fspath(place).removeprefix("file://")
         self.local = None if "://" in self.url else Path(self.url)
         if self.local is None:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            try:
+                self._fs, self._root = fsspec.core.url_to_fs(self.url)
+            except (ValueError, ImportError, OSError) as error:
+                told = str(error).partition("\n")[0]
+                cure = "install it with pip" if isinstance(error, ImportError) else "give a folder, or a URL such as s3://…"
+                raise InputError(f"{self.url}: {told}: {cure}") from None
 
     def __str__(self) -> str:
         return self.url
@@ -50,7 +59,14 @@ class Store:
         return (self.local / name).read_bytes() if self.local else self._fs.cat_file(self._path(name))
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read(name))
+        """Raises InputError for a file that is no JSON object."""
+        try:
+            value = json.loads(self.read(name))
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise InputError(f"{self}/{name} is damaged: delete it and run the download again, or choose another folder")
+        return value
 
     def write_json(self, name: str, value: Any) -> None:
         if self.local:

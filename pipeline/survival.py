@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.console import WorkFailed
+from pipeline.console import InputError, WorkFailed
 from pipeline.stores import Store
 
 DIGITS = 5  # of a shard's number
@@ -42,10 +42,17 @@ def shard_files(shard: int) -> list[str]:
 
 
 def outcomes(store: Store, shard: int, columns: Iterable[str]) -> pa.Table:
-    """A shard's rows: these columns, and `reason`, the class of the failure, empty where the image was stored."""
+    """A shard's rows: these columns, and `reason`, the class of the failure, empty where the image was stored.
+
+    Raises InputError for a damaged file.
+    """
     wanted = list(dict.fromkeys([*columns, "status", "error_message"]))
-    file = pq.ParquetFile(pa.BufferReader(store.read(f"{shard_name(shard)}.parquet")))
-    table = file.read(columns=[name for name in wanted if name in file.schema_arrow.names])
+    try:
+        file = pq.ParquetFile(pa.BufferReader(store.read(f"{shard_name(shard)}.parquet")))
+        table = file.read(columns=[name for name in wanted if name in file.schema_arrow.names])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{store}/{shard_name(shard)}.parquet is damaged ({error}): delete {shard_name(shard)}* there and "
+                         "run the download again") from None
     told = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)
     reasons = ["" if status == "success" else (message or "other").partition(":")[0] for status, message in told]
     return table.drop_columns(["status", "error_message"]).append_column("reason", pa.array(reasons, pa.string()))

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,15 +51,23 @@ def opened(path: Path, stack: ExitStack) -> tuple[BinaryIO, Callable[[], int], i
     return (cast(BinaryIO, stack.enter_context(unpack(file))), file.tell, _UNPACKED) if unpack else (file, file.tell, 1)
 
 
+def lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """What is left of a file that may be compressed. Raises InputError where it cannot be unpacked."""
+    try:
+        yield from file
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{path} is damaged or cut off ({error}): fetch it again") from None
+
+
 def tsv(path: Path, stack: ExitStack, names: list[str] | None = None) -> Table:
     """Tabs between cells, no quoting whatsoever: a quote is a letter like any other. names: where no header has them."""
     file, position, squeeze = opened(path, stack)
-    first, header = 1, names
+    first, header, left = 1, names, lines(file, path)
     if header is None:
-        first, header = 2, cells_of(file.readline().removeprefix(b"\xef\xbb\xbf"))
+        first, header = 2, cells_of(next(left, b"").removeprefix(b"\xef\xbb\xbf"))
 
     def rows() -> Iterator[Read]:
-        for line, raw in enumerate(file, start=first):
+        for line, raw in enumerate(left, start=first):
             cells = cells_of(raw)
             yield line, cells if len(cells) == len(header) else _wrong_width(cells, header)
 
@@ -109,12 +118,12 @@ def _csv(path: Path, stack: ExitStack) -> Table:
 def jsonl(path: Path, stack: ExitStack) -> Table:
     """One object a line; the columns are the keys of the first hundred."""
     file, position, squeeze = opened(path, stack)
-    parsed = [_object(raw) for raw in islice(file, 100)]
+    parsed = [_object(raw) for raw in islice(lines(file, path), 100)]
     names = list(dict.fromkeys(name for row in parsed if isinstance(row, dict) for name in row))
     file.seek(0)
 
     def rows() -> Iterator[Read]:
-        for line, raw in enumerate(file, start=1):
+        for line, raw in enumerate(lines(file, path), start=1):
             row = _object(raw)
             yield line, [row.get(name) for name in names] if isinstance(row, dict) else row
 

@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 import pytest
-from conftest import command
+from conftest import command, encoded, picture
+from shards import write_set
 from test_architecture import PROGRAMS
 
 WRONG = {
@@ -43,3 +44,23 @@ def test_help_of_a_group_ends_with_an_example(words):
 def test_version(program):
     done = command(program, "--version")
     assert (done.returncode, done.stdout) == (0, f"uniclip {version('uniclip')}\n")
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (("stats", "s3://bucket/set"), "s3://bucket/set: only `download` writes to a URL: give a path of this machine"),
+    (("index", "memory://set"), "memory://set: only"), (("retry", "gs://a/b"), "gs://a/b: only"),
+    (("merge", "out", "s3://a/b=2"), "s3://a/b: only"),
+    (("urls", "table", "a.csv", "s3://a/u.parquet"), "s3://a/u.parquet: only"),
+    (("urls", "table", "folder.csv", "u.parquet"), "folder.csv: Is a directory: give another path"),
+    (("urls", "table", "none.csv", "u.parquet"), "none.csv does not exist: give its path, seen from /"),
+    (("card", "a", "a.png"), "a.png is where the card's picture goes"), (("doctor", "file"), "file is a file: give the folder"),
+])
+def test_a_wrong_path_is_one_line_and_exit_code_2(tmp_path, words, says):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").touch()
+    if words[0] == "card":
+        write_set(tmp_path / "a", [(encoded(picture(0)), {"caption": "a"})])
+    done = command("uniclip-data", *words, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert says in done.stderr
+    assert not (tmp_path / "s3:").exists()

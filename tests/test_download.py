@@ -204,8 +204,45 @@ def test_another_setting_on_resume_is_refused(run, change, field):
 
 
 def test_another_table_on_resume_is_refused(run, tmp_path):
-    with pytest.raises(InputError, match="begun with urls_sha256"):
-        download(url_table(tmp_path / "u.parquet", ["http://x/"]), run[0], Options(shard_size=16, allow_address=HERE))
+    rows = run[1].rows
+    for urls, says in ((["http://x/"], f"begun with {run[4].name} of {rows} rows, now it is other.parquet of 1 rows: use the"),
+                       ([f"http://x/{row}" for row in range(rows)], "now it is other.parquet of")):
+        with pytest.raises(InputError, match=says):
+            download(url_table(tmp_path / "other.parquet", urls), run[0], Options(shard_size=16, allow_address=HERE))
+    same = url_table(tmp_path / run[4].name, [f"http://x/{row}" for row in range(rows)])
+    with pytest.raises(InputError, match=f"{rows} rows with another content: use the same table"):
+        download(same, run[0], Options(shard_size=16, allow_address=HERE))
+
+
+def test_what_cannot_be_downloaded_to_is_refused_before_anything_is_asked(tmp_path):
+    with serving() as site:
+        site.pages["/0.jpg"] = encoded(picture(0))
+        table = url_table(tmp_path / "u.parquet", [site.url("/0.jpg")])
+        for place, change, says in (
+                ("foo://x", {}, "foo://x: Protocol not known: foo: give a folder"), ("memory://x", {}, "one process only"),
+                ("oci://b/x", {}, "oci://b/x: Install ocifs to access OCI Object Storage: install it with pip"),
+                (tmp_path / "out", {"user_agent": "a\nb"}, "must be one line")):
+            with pytest.raises(InputError, match=says):
+                download(table, place, Options(allow_address=HERE, **change))
+        assert site.connections == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["u.parquet"]
+
+
+def test_damaged_files_are_named_with_a_cure(tmp_path):
+    with serving() as site:
+        site.pages["/0.jpg"] = encoded(picture(0))
+        table, options = url_table(tmp_path / "u.parquet", [site.url("/0.jpg")] * 3), Options(
+            shard_size=2, distributor="inline", allow_address=HERE)
+        download(table, tmp_path / "out", options)
+        for name in ("00000.parquet", "00001_stats.json", "settings.json"):
+            (tmp_path / "out" / "download.json").unlink(missing_ok=True)
+            whole = (tmp_path / "out" / name).read_bytes()
+            (tmp_path / "out" / name).write_bytes(b"{")
+            with pytest.raises(InputError, match=f"out/{name} is damaged.*: delete"):
+                if name.endswith("_stats.json"):  # read only on the way to what is missing
+                    (tmp_path / "out" / "00000.tar").unlink()
+                download(table, tmp_path / "out", options)
+            (tmp_path / "out" / name).write_bytes(whole)
 
 
 def test_a_folder_with_other_tars_is_left_alone(tmp_path):
@@ -233,7 +270,8 @@ def test_wrong_address_is_one_line_and_exit_code_2(tmp_path):
     table = url_table(tmp_path / "u.parquet", ["http://x/"])
     done = command("uniclip-data", "download", table, tmp_path / "out", "--allow-address", "localhost")
     assert done.returncode == 2
-    assert done.stderr == "error: --allow-address: 'localhost' does not appear to be an IPv4 or IPv6 network\n"
+    assert done.stderr == "error: --allow-address: 'localhost' does not appear to be an IPv4 or IPv6 network: " \
+                          "give an address or a block such as 10.0.0.0/8\n"
 
 
 def test_nothing_fetched_is_exit_code_1_and_the_next_run_may_be_told_otherwise(tmp_path):

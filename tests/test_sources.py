@@ -1,5 +1,7 @@
 """A table of URLs and captions becomes urls.parquet, and every row is accounted for."""
 
+import bz2
+import gzip
 import json
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline import sources
 from pipeline.console import InputError
+from pipeline.published import write_published
 from pipeline.schema import URLS, sample_id_of
 from pipeline.sources import Choice, Tally, write_urls
 
@@ -130,6 +133,17 @@ def test_wrong_tables_name_place_and_cure(tmp_path, name, content, says):
         written(tmp_path, name, content)
     assert says in str(caught.value)
     assert not list(tmp_path.glob("out/*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("suffix", ["bz2", "gz"])
+def test_a_list_that_was_cut_off_on_its_way_is_named(tmp_path, suffix):
+    packed = {"bz2": bz2, "gz": gzip}[suffix].compress(b"".join(b"http://h/%d\tcaption\n" % row for row in range(9999)))
+    file = tmp_path / f"cc12m.tsv.{suffix}"
+    for data in (packed[:len(packed) // 2], b"x" + packed):
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=f"cc12m.tsv.{suffix} is damaged or cut off .*: fetch it again"):
+            write_published("cc12m", file, tmp_path / "u.parquet", 0)
+        assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_where_that_fits_nothing_says_what_there_is(tmp_path):
