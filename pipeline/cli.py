@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_audit import COMMANDS, IndexFolder
+from pipeline.cli_audit import COMMANDS, IndexFolder, say_uncompared
 from pipeline.cli_urls import urls
 from pipeline.console import app as make_app
 from pipeline.console import command_line, err, on_this_machine, run, say
@@ -115,11 +115,13 @@ def index(
 
     if (folder / "settings.json").is_file() and not (folder / "download.json").is_file():
         err.print(f"warning: the download into {folder} is not finished: run it again, then index again", style="yellow")
-    counts = build(folder, workers, command_line())["counts"]
+    manifest = build(folder, workers, command_line())
+    counts = manifest["counts"]
     for what, count in {"merged (equal sample id)": counts["merged"], **counts["excluded"]}.items():
         if count:
             say(f"{count:>12,}  {what}")
     say(f"{counts['samples']:>12,}  samples in {folder}/index.arrow")
+    say_uncompared(manifest, folder)
 
 
 @app.command()
@@ -144,6 +146,7 @@ def merge(
         if count:
             say(f"{count:>12,}  {what}")
     say(f"{counts['samples']:>12,}  samples in {out}/index.arrow")
+    say_uncompared(manifest, out)
     if any(weight != 1 for weight in manifest["weights"].values()):
         say("weights: " + ", ".join(f"{source} {weight:g}" for source, weight in manifest["weights"].items()))
 

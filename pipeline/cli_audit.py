@@ -14,6 +14,13 @@ Distance = Annotated[int, typer.Option(min=0, max=16, help="Of 64 bits of a perc
 Keep = Annotated[list[str] | None, typer.Option(metavar="CONDITION", help="As 'side>=128'; all must hold.")]
 
 
+def say_uncompared(manifest: dict, folder: Path) -> None:
+    """Whether groups are kept of an earlier `duplicates`, which has not seen every sample."""
+    if left := manifest.get("duplicates", {}).get("uncompared"):
+        say(f"{left:>12,}  not compared with all others: their duplicate groups may be missing, run "
+            f"`uniclip-data duplicates {folder}`")
+
+
 def stats(index: IndexFolder, json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Survival by source and reason, sizes, shapes, captions, writing systems and languages.
 
@@ -90,23 +97,33 @@ def filter(index: IndexFolder, out: SkipList, keep: Keep = None) -> None:
 def forget(
     folder: Annotated[Path, typer.Argument(metavar="DIR", callback=on_this_machine,
                                             help="Folder of a download or of an index.")],
-    what: Annotated[list[str] | None, typer.Argument(help="URLs, sample ids, sha256 sums of images.")] = None,
+    what: Annotated[list[str] | None, typer.Argument(help="URLs, sample ids, sha256 sums of image files.")] = None,
     file: Annotated[Path | None, typer.Option("--list", help="The same, one a line, from a file.")] = None,
     reason: Annotated[str, typer.Option(help="Kept with each, for people.")] = "takedown",
-    rewrite: Annotated[bool, typer.Option("--rewrite", help="Also remove their bytes from the tars.")] = False,
+    rewrite: Annotated[bool, typer.Option("--rewrite", help="Also blank their bytes in the tars.")] = False,
 ) -> None:
     """Take samples out for good: never fetched, retried, indexed or merged from here on.
 
+    A URL or an id names one sample. A sha256 names every file of exactly these bytes, from whatever URL: the original as it
+    is downloaded, or the image as it is stored in a tar. Copies in another size or encoding are other files: `duplicates` and
+    `peek --keep group=…` find them.
+
+    Of a merged index the folders that it was merged from are told, too. `--rewrite` puts zeros where the samples were; the
+    tars keep their size, so that other indexes of them stay right.
+
     Example: `uniclip-data forget shards https://example.com/me.jpg --rewrite`
     """
-    from pipeline.console import existing
     from pipeline.takedown import forget as run_forget
-    from pipeline.takedown import parse
+    from pipeline.takedown import parse, words_of
 
-    words = [*(what or []), *(existing(file, "the list").read_text().splitlines() if file else [])]
-    counts = run_forget(folder, parse(words), reason, rewrite, command_line())
-    say(f"{counts['named']:>12,}  named, {counts['indexed']:,} of them were in the index, "
-        f"{counts['removed']:,} removed from tars; {folder}/forgotten.parquet keeps them out")
+    words = [*(what or []), *(words_of(file) if file else [])]
+    done = run_forget(folder, parse(words), reason, rewrite, command_line())
+    say(f"{done.named:>12,}  named: {done.indexed:,} samples left the index, {done.removed:,} were removed from tars; "
+        f"{folder}/forgotten.parquet keeps them out")
+    if done.unknown:
+        say(f"{done.unknown:>12,}  sha256 that no file here has: they will keep out files of exactly these bytes")
+    for place in done.untold:
+        say(f"{place} is not here or cannot be written: run the same command on it where it can")
 
 
 def card(

@@ -21,7 +21,7 @@ from pipeline.fetch import USER_AGENT, Policy, networks
 from pipeline.files import sha256_of
 from pipeline.progress import Meter
 from pipeline.schema import URLS
-from pipeline.skips import forgotten_ids
+from pipeline.skips import Forgotten, forgotten_in
 from pipeline.stores import Store
 from pipeline.survival import Report, account, shard_files, so_far
 
@@ -61,11 +61,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Task:
-    """One shard's rows as an Arrow file, and those of its URLs that must not be asked for."""
+    """One shard's rows as an Arrow file, those of its URLs that must not be asked for, and sha256 sums not to be stored."""
 
     shard: int
     rows: bytes
     forgotten: frozenset[str]
+    hashes: frozenset[str]
 
 
 def _table(urls: Path) -> pq.ParquetFile:
@@ -82,18 +83,18 @@ def _table(urls: Path) -> pq.ParquetFile:
     return table
 
 
-def _tasks(table: pq.ParquetFile, size: int, done: set[int], forgotten: np.ndarray) -> Iterator[Task]:
+def _tasks(table: pq.ParquetFile, size: int, done: set[int], forgotten: Forgotten) -> Iterator[Task]:
     """The shards that are not done, made as they are asked for."""
     for shard, rows in enumerate(_slices(table, size)):
         if shard in done:
             continue
-        gone = rows.filter(pa.array(np.isin(rows["sample_id"].to_numpy(), forgotten)))
+        gone = rows.filter(pa.array(np.isin(rows["sample_id"].to_numpy(), forgotten.id_array)))
         first = pa.array([captions[0] if captions else "" for captions in rows["captions"].to_pylist()], pa.string())
         rows = rows.append_column("caption", first).select(list(COLUMNS))
         with pa.BufferOutputStream() as sink:
             with pa.ipc.new_file(sink, rows.schema) as writer:
                 writer.write_table(rows)
-            yield Task(shard, sink.getvalue().to_pybytes(), frozenset(gone["url"].to_pylist()))
+            yield Task(shard, sink.getvalue().to_pybytes(), frozenset(gone["url"].to_pylist()), frozenset(forgotten.hashes))
 
 
 def _slices(table: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
@@ -173,7 +174,7 @@ def _run(table: pq.ParquetFile, out: Store, options: Options, done: set[int]) ->
         scratch, place = str((out.local / _SCRATCH / str(os.getpid())).absolute()), str(out.local.absolute())
     work = partial(_in_worker, options, place, scratch)
     tried, stored = so_far(out, done)
-    tasks = _tasks(table, options.shard_size, done, forgotten_ids(out))
+    tasks = _tasks(table, options.shard_size, done, forgotten_in(out))
     with Meter("downloading", table.metadata.num_rows, tried) as meter:
         for shard in DISTRIBUTORS[options.distributor](work, tasks, options.processes):
             count, success = so_far(out, [shard])

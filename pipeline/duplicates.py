@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from pipeline.evalsets import EvalSet
 from pipeline.files import replacing, write_json
+from pipeline.groups import chained, named
 from pipeline.hashes import evalset_hashes, index_hashes, near_pairs
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS
@@ -33,8 +32,8 @@ class Found:
 def duplicates(index: Index, distance: int = DISTANCE, workers: int | None = None) -> Found:
     """Fill the index's group column: equal for rows of one group, −1 for rows that are alone. The fingerprint stays."""
     hashes = index_hashes(index, workers)
-    edges = [_equal(hashes["bytes"]), _equal(hashes["pixels"]), _near(hashes, distance)]
-    group = _groups(np.concatenate(edges, axis=1), index.columns(np.arange(len(index)))["sample_id"])
+    edges = [chained(hashes["bytes"]), chained(hashes["pixels"]), _near(hashes, distance)]
+    group = named(np.concatenate(edges, axis=1), index.columns(np.arange(len(index)))["sample_id"])
     sizes = np.unique(group[group >= 0], return_counts=True)[1]
     found = Found(*(len(np.unique(edge)) for edge in edges), groups=len(sizes), rows=int(sizes.sum()),
                   largest=int(sizes.max(initial=0)))
@@ -43,30 +42,13 @@ def duplicates(index: Index, distance: int = DISTANCE, workers: int | None = Non
     return found
 
 
-def _equal(values: np.ndarray) -> np.ndarray:
-    """Pairs (2, E) that chain rows of equal values."""
-    order = np.argsort(values, kind="stable")
-    same = values[order][1:] == values[order][:-1]
-    return np.stack([order[:-1][same], order[1:][same]])
-
-
 def _near(hashes: np.ndarray, distance: int) -> np.ndarray:
     """Pairs (2, E) of rows that look alike."""
     rows = np.flatnonzero(hashes["telling"])
     looks, first = np.unique(hashes["look"][rows], return_index=True)
     pairs = [np.stack(pair) for pair in near_pairs(looks, distance)] if distance else []
     between = np.concatenate([np.empty((2, 0), np.int64), *pairs], axis=1)
-    return np.concatenate([rows[_equal(hashes["look"][rows])], rows[first[between]]], axis=1)
-
-
-def _groups(edges: np.ndarray, sample_id: np.ndarray) -> np.ndarray:
-    """Each row's group, named by the smallest id in it; −1 where a row is alone."""
-    rows = len(sample_id)
-    graph = coo_array((np.ones(edges.shape[1], np.bool_), (edges[0], edges[1])), shape=(rows, rows))
-    count, label = connected_components(graph, directed=False)
-    name = np.full(count, np.iinfo(np.int64).max)
-    np.minimum.at(name, label, sample_id)
-    return np.where(np.bincount(label, minlength=count)[label] > 1, name[label], -1)
+    return np.concatenate([rows[chained(hashes["look"][rows])], rows[first[between]]], axis=1)
 
 
 def _write_groups(path: Path, group: np.ndarray) -> None:

@@ -12,8 +12,21 @@ from pipeline.console import InputError
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
 
 INDEX_NAME, MANIFEST_NAME = "index.arrow", "manifest.json"
+PREVIOUS_NAME = ".manifest.json"  # the manifest of the index before, while the new one has none
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "width": np.int32, "height": np.int32,
             "plain": np.bool_, "sample_id": np.int64, "group": np.int64, "source": np.int16}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest beside an index, or that of the index before where a run was killed; empty where none can be read."""
+    for name in (MANIFEST_NAME, PREVIOUS_NAME):
+        try:
+            told = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(told, dict):
+            return told
+    return {}
 
 
 class _Batch:
@@ -66,7 +79,8 @@ class Index:
         """Open a folder with index.arrow and manifest.json, or the index.arrow in it. Raises InputError."""
         path = Path(path)
         folder = path.parent if path.name == INDEX_NAME else path
-        cure = f"run `uniclip-data index {folder}`"
+        merged = "merged_from" in manifest_of(folder)
+        cure = f"run `uniclip-data merge {folder} DIR...` again" if merged else f"run `uniclip-data index {folder}`"
         for name in (INDEX_NAME, MANIFEST_NAME):
             if not (folder / name).exists():
                 raise InputError(f"{folder / name} does not exist: {cure}")

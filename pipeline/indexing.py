@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +15,13 @@ import pyarrow.compute as pc
 
 from pipeline.console import InputError, WorkFailed, existing
 from pipeline.files import replacing, write_json
-from pipeline.index import INDEX_NAME, MANIFEST_NAME
+from pipeline.groups import Carried, Grouped, carried
+from pipeline.index import INDEX_NAME, MANIFEST_NAME, PREVIOUS_NAME, manifest_of
 from pipeline.scans import Scanned, scanned
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
-from pipeline.skips import forgotten_ids
-from pipeline.stores import Store
+from pipeline.skips import Forgotten
 from pipeline.survival import FORGOTTEN
-from pipeline.tars import ROWS
+from pipeline.tars import ROWS, is_utf8
 
 QUARANTINE_NAME = "quarantine.jsonl"
 _MAX_SOURCES = 32_767  # codes are int16; a `source` that differs more often than that names no source
@@ -43,12 +44,24 @@ class Shard(Protocol):
     def rows(self) -> pa.Table: ...
 
 
+def tars_of(folder: Path) -> list[str]:
+    """Paths relative to the folder, sorted; hidden and `_…` folders hold unfinished work. Raises InputError."""
+    names = []
+    for path in folder.rglob("*.tar"):
+        relative = path.relative_to(folder)
+        if path.is_dir() or any(part[0] in "._" for part in relative.parts):
+            continue
+        if not path.exists():
+            raise InputError(f"{path} is a link to nothing: put its tar back, or remove the link")
+        if not is_utf8(str(relative)):
+            raise InputError(f"{str(path).encode('utf-8', 'backslashreplace').decode()}: the name is not UTF-8: rename it")
+        names.append(relative.as_posix())
+    return sorted(names)
+
+
 def _tars(folder: Path) -> list[str]:
-    """Paths relative to the folder, sorted; hidden and `_…` folders hold unfinished work."""
     existing(folder, "the folder")
-    relative = (path.relative_to(folder) for path in folder.rglob("*.tar"))
-    names = sorted(path.as_posix() for path in relative if not any(part[0] in "._" for part in path.parts))
-    if not names:
+    if not (names := tars_of(folder)):
         raise InputError(f"{folder} holds no .tar file: give the folder that `uniclip-data download` wrote, "
                          "or any folder of WebDataset tars")
     return names
@@ -92,14 +105,14 @@ def _with_captions(table: pa.Table, gained: dict[int, list[str]]) -> pa.Table:
     return table.set_column(table.schema.get_field_index("captions"), ROWS.field("captions"), column)
 
 
-def _coded(tables: Iterable[pa.Table], sources: list[str], kept: list[int]) -> Iterator[pa.Table]:
+def _coded(tables: Iterable[pa.Table], sources: list[str], groups: Carried, kept: list[int]) -> Iterator[pa.Table]:
     """The index's columns with names still as codes. Appends to `kept` how many rows each shard has left."""
     for number, table in enumerate(tables):
         kept.append(table.num_rows)
         made = {"shard": pa.array(np.full(table.num_rows, number, np.int32)),
                 "source": pc.index_in(  # pyright: ignore[reportAttributeAccessIssue]
                     table["source"], value_set=pa.array(sources, pa.string())).fill_null(0).cast(pa.int16()),
-                "group": pa.array(np.full(table.num_rows, -1))}
+                "group": pa.array(groups.of(table["sample_id"].to_numpy()))}
         yield pa.table({name: made.get(name, table[name] if name in ROWS.names else None) for name in INDEX.names})
 
 
@@ -141,13 +154,19 @@ def _streams(batch: pa.RecordBatch) -> Iterator[tuple[str, Any]]:
 
 
 def _write(path: Path, batches: Iterator[pa.RecordBatch], names: list[str], sources: list[str]) -> str:
-    """Write index.arrow; return its fingerprint: a sha256 over the names and over each column's own sha256."""
+    """Write index.arrow; return its fingerprint: a sha256 over the names and over each column's own sha256.
+
+    The old index stays whole until then; its manifest steps aside with it.
+    """
     hashers: defaultdict[str, Any] = defaultdict(hashlib.sha256)
-    with replacing(path) as temporary, pa.ipc.new_file(temporary, INDEX) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-            for name, data in _streams(batch):
-                hashers[name].update(data)
+    with replacing(path) as temporary:
+        with pa.ipc.new_file(temporary, INDEX) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                for name, data in _streams(batch):
+                    hashers[name].update(data)
+        with suppress(FileNotFoundError):
+            path.with_name(MANIFEST_NAME).replace(path.with_name(PREVIOUS_NAME))
     told = [SCHEMA_VERSION, names, sources, {name: hasher.hexdigest() for name, hasher in hashers.items()}]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -169,35 +188,48 @@ def build(folder: Path, workers: int | None = None, command: str = "") -> dict:
     Raises InputError where there is no tar, WorkFailed where there is no usable sample.
     """
     names = _tars(folder)
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    shards = scanned(folder, names, workers, forgotten_ids(Store(folder)))
+    shards = scanned(folder, names, workers, Forgotten.beside(folder, names))
     excluded = _quarantine(folder / QUARANTINE_NAME, shards)
     if gone := sum(int(shard.gone.sum()) for shard in shards):
         excluded[FORGOTTEN] = gone
     if not sum(len(shard.sample_id) for shard in shards):
+        remove(folder)
         reason, count = excluded.most_common(1)[0] if excluded else ("no sample", 0)
         raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars; {count:,} × {reason}, "
                          f"see {folder / QUARANTINE_NAME}")
     return assemble(folder, shards, dict(excluded.most_common()), command)
 
 
+def remove(folder: Path) -> None:
+    """Take the index away; the tars stay."""
+    for name in (MANIFEST_NAME, PREVIOUS_NAME, INDEX_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
 def assemble(folder: Path, shards: Sequence[Shard], excluded: dict[str, int], command: str,
-             more: dict | None = None) -> dict:
-    """Write index.arrow from the shards' rows, then the manifest, which also has `more`; returns the manifest."""
+             more: dict | None = None, inputs: Sequence[Grouped] = ()) -> dict:
+    """Write index.arrow from the shards' rows, then the manifest, which also has `more`; returns the manifest.
+
+    Groups of the index that was here, and of `inputs`, stay.
+    """
     names = [shard.name for shard in shards]
     sources, kept = sorted(set().union(*(shard.sources for shard in shards))), []
     if len(sources) > _MAX_SOURCES:
         sources = [""]
-    batches = _batches(_coded(_united(shards), sources, kept), names, sources)
+    before = Grouped.read(folder / INDEX_NAME, manifest_of(folder))
+    groups = carried([*([before] if before else []), *inputs], np.concatenate([shard.sample_id for shard in shards]))
+    batches = _batches(_coded(_united(shards), sources, groups, kept), names, sources)
     fingerprint = _write(folder / INDEX_NAME, batches, names, sources)
     total = sum(len(shard.sample_id) for shard in shards)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "counts": {"samples": sum(kept), "merged": total - sum(kept), "excluded": excluded},
-        "sources": sources, "fingerprint": fingerprint, **(more or {}),
+        "sources": sources, "fingerprint": fingerprint, **({"duplicates": groups.told} if groups.told else {}),
         "created_by": {"command": command,
                        "versions": {name: version(name) for name in ("pillow", "pyarrow", "numpy")}},
         "shards": [{"name": shard.name, "size": shard.size, "sha256": shard.sha256, "samples": samples}
-                   for shard, samples in zip(shards, kept, strict=True)]}
+                   for shard, samples in zip(shards, kept, strict=True)],
+        **(more or {})}
     write_json(folder / MANIFEST_NAME, manifest)
+    (folder / PREVIOUS_NAME).unlink(missing_ok=True)
     return manifest

@@ -1,7 +1,8 @@
 """Several indexes → one, as Open30M is made: equal ids unite with their captions, shards stay where they are."""
 
-import json
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.console import InputError, WorkFailed
-from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index
-from pipeline.indexing import assemble
+from pipeline.files import sha256_of
+from pipeline.groups import Grouped
+from pipeline.index import INDEX_NAME, Index, manifest_of
+from pipeline.indexing import assemble, remove, tars_of
+from pipeline.scans import Scanned, scanned
 from pipeline.schema import INDEX_BATCH_ROWS
-from pipeline.skips import FORGOTTEN_NAME, forgotten, write_skips
+from pipeline.skips import FORGOTTEN_NAME, Forgotten
 from pipeline.survival import FORGOTTEN
 from pipeline.tars import ROWS
 
@@ -38,13 +42,14 @@ def parse_input(text: str) -> Input:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One shard of an index, without what is forgotten. `name` is seen from the merged index's folder."""
+class Part:
+    """One shard of an index, without what is forgotten. `name` is seen from the folder of the index that is made."""
 
     index: Index
     number: int
     name: str
     dropped: np.ndarray
+    rewritten: bool = False
 
     @property
     def size(self) -> int:
@@ -52,6 +57,8 @@ class _Part:
 
     @property
     def sha256(self) -> str:
+        if self.rewritten:
+            return sha256_of(self.index.folder / self.index.shards[self.number])
         return self.index.manifest["shards"][self.number]["sha256"]
 
     @property
@@ -93,8 +100,8 @@ def _weights(indexes: list[tuple[Index, float]]) -> dict[str, float]:
     """Source → weight. Raises InputError where one source would have two."""
     weights: dict[str, float] = {}
     for index, weight in indexes:
-        if weight < 0:
-            raise InputError(f"{index.folder}: the weight {weight} is negative")
+        if not 0 <= weight < math.inf:
+            raise InputError(f"{index.folder}: the weight {weight:g} is no number from 0 on: write DIR=2 or DIR=0.5")
         for source in index.manifest["sources"]:
             if weights.setdefault(source, weight) != weight:
                 raise InputError(f"source {source!r} would weigh both {weights[source]} and {weight}: give its indexes the "
@@ -102,32 +109,63 @@ def _weights(indexes: list[tuple[Index, float]]) -> dict[str, float]:
     return weights
 
 
+def places(folder: Path) -> list[Path]:
+    """The folder of an index, and those of the indexes that it was merged from, and so on."""
+    found = [folder]
+    for place in found:
+        below = (place / one["folder"] for one in manifest_of(place).get("merged_from", []))
+        found += [one for one in below if all(one.resolve() != known.resolve() for known in found)]
+    return found
+
+
+def scans_below(folder: Path, named: Forgotten) -> Iterator[tuple[Path, Scanned]]:
+    """Each tar of an index, or of the folders that it was merged from, and its scan, in which `named` has been looked for.
+
+    Raises InputError where a tar is elsewhere.
+    """
+    for place in places(folder):
+        told = manifest_of(place)
+        if "merged_from" in told:
+            continue
+        names = tars_of(place)
+        wanted = {shard["name"] for shard in told.get("shards", [])} if told or place.is_dir() else {"its tars"}
+        if missing := sorted(wanted - set(names)):
+            raise InputError(f"{place / missing[0]} is not here, but a takedown has to look into it: run the same command "
+                             f"where it is, or `uniclip-data index {place}` if it is gone for good")
+        yield from ((place / shard.name, shard) for shard in scanned(place, names, None, named))
+
+
 def merge(out: Path, inputs: list[Input], command: str = "") -> dict:
     """Unite indexes into OUT/index.arrow; returns the manifest. The first index that has an id keeps its image.
 
-    What is forgotten in one of them is left out of all. Raises InputError, and WorkFailed where nothing is left.
+    What is forgotten in one of them is left out of all; groups stay. Raises InputError, and WorkFailed where nothing is left.
     """
     indexes = [(Index.open(one.folder), one.weight) for one in inputs]
     weights = _weights(indexes)
-    if (out / MANIFEST_NAME).is_file() and "merged_from" not in json.loads((out / MANIFEST_NAME).read_text()):
+    if (before := manifest_of(out)) and "merged_from" not in before:
         raise InputError(f"{out} holds an index of its own, which merging would replace: give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST_NAME).unlink(missing_ok=True)
-    gone = {key: reason for folder in (*(index.folder for index, _ in indexes), out)
-            for key, reason in forgotten(folder).items()}
-    dropped = np.fromiter(gone, np.int64, len(gone))
-    shards = [_Part(index, number, _seen_from(out, index.folder / name), dropped)
+    gone = Forgotten.read(out / FORGOTTEN_NAME)
+    for index, _ in indexes:
+        gone |= Forgotten.beside(index.folder, index.shards)
+    if gone.hashes:
+        gone |= Forgotten({one.sample_id: "equal bytes" for folder in dict.fromkeys(index.folder for index, _ in indexes)
+                           for _, shard in scans_below(folder, Forgotten({}, gone.hashes)) for one in shard.taken()})
+    shards = [Part(index, number, seen_from(out, index.folder / name), gone.id_array)
               for index, _ in indexes for number, name in enumerate(index.shards)]
     left = sum(shard.gone for shard in shards)
     if not sum(len(shard.sample_id) for shard in shards):
+        remove(out)
         raise WorkFailed(f"{out}: no sample is left of {len(inputs)} indexes")
-    if gone:
-        write_skips(out / FORGOTTEN_NAME, gone)
+    if gone.ids:
+        gone.write(out / FORGOTTEN_NAME)
     more = {"weights": weights, "merged_from": [
         {"folder": os.path.relpath(index.folder, out), "fingerprint": index.fingerprint, "samples": len(index),
          "weight": weight, "excluded": index.manifest["counts"]["excluded"]} for index, weight in indexes]}
-    return assemble(out, shards, {FORGOTTEN: left} if left else {}, command, more)
+    groups = [part for index, _ in indexes if (part := Grouped.read(index.folder / INDEX_NAME, index.manifest))]
+    return assemble(out, shards, {FORGOTTEN: left} if left else {}, command, more, groups)
 
 
-def _seen_from(folder: Path, shard: Path) -> str:
+def seen_from(folder: Path, shard: Path) -> str:
+    """The relative path of a shard from a folder."""
     return Path(os.path.relpath(shard.absolute(), folder.absolute())).as_posix()

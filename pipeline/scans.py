@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +14,19 @@ from pipeline.files import replacing
 from pipeline.processes import in_processes
 from pipeline.progress import Meter
 from pipeline.schema import SCHEMA_VERSION
-from pipeline.tars import ROWS, scan
+from pipeline.skips import Forgotten
+from pipeline.tars import ROWS, SCANNED, Known, scan
 
 SCANS_NAME = ".scans"  # hidden, and of no use to anybody else: it may be deleted at any time
-_NONE = np.empty(0, np.int64)
+_NOTHING = Forgotten()
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """A shard whose rows wait in an Arrow file; `gone`: those that a takedown has taken out, no longer among them."""
+    """A shard whose rows wait in an Arrow file.
+
+    gone: those that a takedown has taken out, no longer among them; lost: the unusable samples that it names.
+    """
 
     name: str
     path: Path
@@ -30,13 +34,22 @@ class Scanned:
     gone: np.ndarray
     sources: frozenset[str]
     unusable: list[tuple[str, str]]
+    lost: list[Known]
     size: int
     sha256: str
 
     def rows(self) -> pa.Table:
         """Schema ROWS."""
-        table = _read(self.path)
+        table = _read(self.path).select(ROWS.names)
         return table.filter(pa.array(~self.gone)) if self.gone.any() else table
+
+    def taken(self) -> list[Known]:
+        """What a takedown names here, usable or not."""
+        if not self.gone.any():
+            return self.lost
+        hit = _read(self.path).select(["key", "sample_id", "sha256", "original"]).filter(pa.array(self.gone))
+        return [*self.lost, *(Known(row["key"], row["sample_id"], row["sha256"].hex(), (row["original"] or b"").hex())
+                              for row in hit.to_pylist())]
 
 
 def _read(path: Path) -> pa.Table:
@@ -57,14 +70,15 @@ def _stamp(path: Path) -> list[int]:
 
 def _scan_to_file(folder: Path, name: str) -> str:
     stamp, shard = _stamp(folder / name), scan(folder / name)
-    told = {"stamp": stamp, "size": shard.size, "sha256": shard.sha256, "unusable": shard.unusable}
-    schema = ROWS.with_metadata({"scan": json.dumps(told)})
+    told = {"stamp": stamp, "size": shard.size, "sha256": shard.sha256, "unusable": shard.unusable,
+            "lost": [astuple(one) for one in shard.lost]}
+    schema = SCANNED.with_metadata({"scan": json.dumps(told)})
     with replacing(scan_path(folder, name)) as temporary, pa.ipc.new_file(temporary, schema) as writer:
         writer.write_table(shard.rows.cast(schema))
     return name
 
 
-def _load(folder: Path, name: str, forgotten: np.ndarray) -> Scanned | None:
+def _load(folder: Path, name: str, forgotten: Forgotten) -> Scanned | None:
     """The scan of a tar; None when there is none, or the tar has changed since."""
     path = scan_path(folder, name)
     try:
@@ -72,15 +86,16 @@ def _load(folder: Path, name: str, forgotten: np.ndarray) -> Scanned | None:
         told = json.loads((table.schema.metadata or {})[b"scan"])
     except (OSError, pa.ArrowInvalid, KeyError, ValueError):
         return None
-    if told["stamp"] != _stamp(folder / name) or table.schema.names != ROWS.names:
+    if told["stamp"] != _stamp(folder / name) or table.schema.names != SCANNED.names:
         return None
     ids = table["sample_id"].to_numpy()
-    gone = np.isin(ids, forgotten)
+    gone = forgotten.mask(table)
+    lost = [one for one in (Known(*known) for known in told["lost"]) if forgotten.names(one)]
     return Scanned(name, path, ids[~gone], gone, frozenset(table["source"].unique().to_pylist()),
-                   [(key, reason) for key, reason in told["unusable"]], told["size"], told["sha256"])
+                   [(key, reason) for key, reason in told["unusable"]], lost, told["size"], told["sha256"])
 
 
-def scanned(folder: Path, names: list[str], workers: int | None, forgotten: np.ndarray = _NONE) -> list[Scanned]:
+def scanned(folder: Path, names: list[str], workers: int | None, forgotten: Forgotten = _NOTHING) -> list[Scanned]:
     """Every tar's scan, in the order of `names`. Interrupted, the next call goes on."""
     found = {name: shard for name in names if (shard := _load(folder, name, forgotten))}
     samples = sum(len(shard.sample_id) for shard in found.values())

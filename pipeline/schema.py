@@ -70,6 +70,10 @@ INDEX_BATCH_ROWS = 65_536
 SKIPS = pa.schema([("sample_id", pa.int64()), ("reason", pa.string())],
                   metadata={"uniclip.schema": f"skips/{SCHEMA_VERSION}"})
 
+# What takedowns have taken out for good, also a skip list. sha256: of an original or a stored image, null where only the
+# sample is named; beside it stands the id that such bytes have where no URL is known.
+FORGOTTEN = pa.schema([*SKIPS, ("sha256", pa.string())], metadata={"uniclip.schema": f"forgotten/{SCHEMA_VERSION}"})
+
 
 def sample_id_of(url_or_bytes: str | bytes) -> int:
     """The first 63 bits of sha256 of the URL, or of the image bytes where no URL is known."""

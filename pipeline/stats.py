@@ -47,7 +47,8 @@ def statistics(index: Index) -> dict[str, Any]:
         "excluded": index.manifest["counts"]["excluded"], "sources": dict(Counter(columns["source"].tolist()).most_common()),
         "survival": together(downloads(index)), "spread": {name: spread(columns[name]) for name in _MEASURED},
         "plain": int(columns["plain"].sum()),
-        "duplicates": index.manifest.get("duplicates") and {"rows": len(groups), "groups": len(np.unique(groups))},
+        "duplicates": (known := index.manifest.get("duplicates")) and {
+            "rows": len(groups), "groups": len(np.unique(groups)), "uncompared": known.get("uncompared", 0)},
         "scripts": dict(Counter(map(script_of, captions)).most_common()), "languages": _languages(captions)}
 
 
@@ -71,7 +72,8 @@ def lines(told: dict[str, Any]) -> list[str]:
     found += [f"{name:12}" + "".join(f"{value:>10,.6g}" for value in values.values())
               for name, values in told["spread"].items()]
     if told["duplicates"]:
-        found.append("{rows:>12,}  in {groups:,} duplicate groups".format(**told["duplicates"]))
+        left = "; {uncompared:,} samples not yet compared with all others" if told["duplicates"]["uncompared"] else ""
+        found.append(("{rows:>12,}  in {groups:,} duplicate groups" + left).format(**told["duplicates"]))
     for what in ("scripts", "languages"):
         if counted := sum(told[what].values()):
             shown = ", ".join(f"{name} {100 * count / counted:.1f}%" for name, count in list(told[what].items())[:8])

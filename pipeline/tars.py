@@ -1,16 +1,19 @@
 """One WebDataset tar → the rows of the index, and what is unusable in it and why."""
 
+import hashlib
 import json
+import mmap
 import re
+import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from pipeline.files import sha256_of
+from pipeline.files import replacing, sha256_of
 from pipeline.images import Undecodable, inspect
 from pipeline.schema import INDEX, sample_id_of
 
@@ -22,6 +25,11 @@ _META = re.compile(r"__[^/]*__($|/)")
 # The index's columns as one shard knows them; names become dictionary codes when the shards are put together.
 ROWS = pa.schema([INDEX.field(name).with_type(pa.string()) if name == "source" else INDEX.field(name)
                   for name in INDEX.names if name not in {"shard", "group"}])
+# The same with what a takedown may name: sha256 of the stored image, and of the original that it was made from, as the .json
+# says.
+SCANNED = pa.schema([*ROWS, ("sha256", pa.binary(32)), ("original", pa.binary(32))])
+BLANK = "__forgotten__"  # a member that WebDataset passes over, where a forgotten one was
+_SHA256 = re.compile(r"(?i)[0-9a-f]{64}")
 
 
 @dataclass
@@ -35,12 +43,25 @@ class Group:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one tar holds: `rows` (schema ROWS, sorted by key) and the (key, reason) of each unusable sample."""
+    """What one tar holds: `rows` (schema SCANNED, sorted by key), the (key, reason) of each unusable sample, and what else a
+    takedown may know those by.
+    """
 
     rows: pa.Table
     unusable: list[tuple[str, str]]
+    lost: list["Known"]
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a takedown may name a sample by; sha256 and original in hexadecimal, empty where there is none."""
+
+    key: str
+    sample_id: int
+    sha256: str
+    original: str
 
 
 class Unusable(ValueError):
@@ -95,28 +116,44 @@ def scan(path: Path) -> Shard:
     """Read a whole tar, decoding every image."""
     rows: list[dict[str, Any]] = []
     unusable: list[tuple[str, str]] = []
+    lost: list[Known] = []
     seen: set[str] = set()
     with path.open("rb") as file:
         for group in groups(path):
+            known = known_by(file, group)
             try:
                 if group.key in seen:
                     raise Unusable("duplicate key")
-                rows.append(row_of(file, group))
+                sums = {name: bytes.fromhex(getattr(known, name)) or None for name in ("sha256", "original")}
+                rows.append({**row_of(file, group), **sums})
                 seen.add(group.key)
             except Unusable as reason:
                 unusable.append((group.key, str(reason)))
-    table = pa.Table.from_pylist(rows, schema=ROWS).sort_by("key")
-    return Shard(table, unusable, path.stat().st_size, sha256_of(path))
+                lost.append(known)
+    table = pa.Table.from_pylist(rows, schema=SCANNED).sort_by("key")
+    return Shard(table, unusable, lost, path.stat().st_size, sha256_of(path))
+
+
+def known_by(file: BinaryIO, group: Group) -> Known:
+    """What a takedown may name this sample by, usable or not."""
+    suffix, told = _image_suffix(group), _told(file, group)
+    image = _bytes(file, group, suffix) if suffix else b""
+    original = told.get("sha256")
+    original = original.lower() if isinstance(original, str) and _SHA256.fullmatch(original) else ""
+    return Known(group.key, _sample_id(told, image), hashlib.sha256(image).hexdigest() if image else "", original)
+
+
+def _image_suffix(group: Group) -> str | None:
+    return next((suffix for suffix in IMAGE_SUFFIXES if suffix in group.members), None)
 
 
 def row_of(file: BinaryIO, group: Group) -> dict[str, Any]:
     """One row of the index. Raises Unusable."""
     if group.broken:
         raise Unusable(group.broken)
-    if not _is_utf8(group.key):
+    if not is_utf8(group.key):
         raise Unusable("key is not UTF-8")
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in group.members), None)
-    if suffix is None:
+    if (suffix := _image_suffix(group)) is None:
         raise Unusable("no image")
     image = _bytes(file, group, suffix)
     try:
@@ -155,14 +192,15 @@ def _captions(file: BinaryIO, group: Group, told: dict[str, Any]) -> list[str]:
         candidates.append([_bytes(file, group, "txt").decode("utf-8", "surrogateescape")])
     for candidate in candidates:
         texts = [text.strip() for text in candidate if isinstance(text, str) and text.strip()]
-        if texts and not all(map(_is_utf8, texts)):
+        if texts and not all(map(is_utf8, texts)):
             raise Unusable("caption is not UTF-8")
         if texts:
             return list(dict.fromkeys(texts))
     raise Unusable("no caption")
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """False for what the system gave us as bytes that are no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -172,10 +210,42 @@ def _is_utf8(text: str) -> bool:
 
 def _source(told: dict[str, Any]) -> str:
     source = told.get("source")
-    return source if isinstance(source, str) and _is_utf8(source) else ""
+    return source if isinstance(source, str) and is_utf8(source) else ""
 
 
 def _sample_id(told: dict[str, Any], image: bytes) -> int:
     """Never a number that the .json gives: in other people's tars that may count each tar's samples from 0."""
     url = told.get("url")
-    return sample_id_of(url if isinstance(url, str) and url and _is_utf8(url) else image)
+    return sample_id_of(url if isinstance(url, str) and url and is_utf8(url) else image)
+
+
+def blank(path: Path, keys: Collection[str]) -> None:
+    """Put zeros where these samples' members are, names too; what is left is a valid tar.
+
+    Every other byte keeps its place, so that no index of the tar can read a wrong image. A link's target is rewritten.
+    """
+    path = path.resolve()
+    with replacing(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
+        spans, end, at = list(_spans(old, keys)), path.stat().st_size, 0
+        with mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+            for start, stop in spans:
+                new.write(view[at:start])
+                member = tarfile.TarInfo(BLANK)
+                member.size = stop - start - tarfile.BLOCKSIZE
+                new.write(member.tobuf(tarfile.GNU_FORMAT))
+                new.write(bytes(min(stop, end) - start - tarfile.BLOCKSIZE))
+                at = min(stop, end)
+            new.write(view[at:])
+        shutil.copymode(path, temporary)
+
+
+def _spans(file: BinaryIO, keys: Collection[str]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each member of these samples, from its first header on."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                found = _KEY_AND_SUFFIX.match(member.name)
+                if found and found[1] in keys:
+                    yield member.offset, tar.offset
+    except (tarfile.TarError, ValueError, OverflowError):
+        pass  # as in `groups`: nothing behind this can be read

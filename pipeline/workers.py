@@ -1,5 +1,6 @@
 """What a download's workers run: img2dataset's downloader under our rules. Only they import it: it takes seconds."""
 
+import hashlib
 import io
 import os
 import tempfile
@@ -28,6 +29,10 @@ _QUALITY = 95
 _LARGE_AT_ONCE = 4  # bodies of more than fetch.LARGE bytes that a process may hold
 
 
+def _is_one_of(data: bytes, sums: frozenset[str]) -> bool:
+    return bool(sums) and hashlib.sha256(data).hexdigest() in sums
+
+
 def _shorter_side(data: bytes) -> int:
     """In pixels, from the header alone; 0 where there is none to read."""
     try:
@@ -37,9 +42,20 @@ def _shorter_side(data: bytes) -> int:
 
 
 class UprightResizer(Resizer):
-    """img2dataset's resizer on upright RGB on white; a plain JPEG that needs no resizing is stored byte for byte."""
+    """img2dataset's resizer on upright RGB on white; a plain JPEG that needs no resizing is stored byte for byte.
+
+    What has a sha256 in `forgotten` is not stored.
+    """
+
+    def __init__(self, *args, forgotten: frozenset[str] = frozenset(), **settings):
+        super().__init__(*args, **settings)
+        self.forgotten = forgotten
 
     def __call__(self, img_stream, blurring_bbox_list=None):
+        image, *told = self._resized(img_stream, blurring_bbox_list)
+        return (None, *told[:-1], FORGOTTEN) if image and _is_one_of(image, self.forgotten) else (image, *told)
+
+    def _resized(self, img_stream, blurring_bbox_list):
         data = img_stream.getvalue()
         try:
             if self.encode_format == "jpg" and _shorter_side(data) <= self.image_size:
@@ -85,19 +101,22 @@ class _Body(io.BytesIO):
 class PolicedDownloader(img2dataset.downloader.Downloader):
     """img2dataset's downloader with our fetch."""
 
-    def __init__(self, options: Options, forgotten: frozenset[str], **settings):
+    def __init__(self, options: Options, task: Task, **settings):
         super().__init__(**settings)
-        self.policy, self.forgotten = options.policy(), forgotten
+        self.policy, self.task = options.policy(), task
         self.judge = Robots(self.policy).judge if options.robots else None
         self.seats = threading.BoundedSemaphore(_LARGE_AT_ONCE)
 
     def _fetch(self, row, **_):
         key, url = row
-        if url in self.forgotten:
+        if url in self.task.forgotten:
             return key, None, FORGOTTEN
         seat = _Seat(self.seats)
         try:
-            return key, _Body(fetch(url, self.policy, self.retries, self.judge, seat.take), seat), None
+            data = fetch(url, self.policy, self.retries, self.judge, seat.take)
+            if not _is_one_of(data, self.task.hashes):
+                return key, _Body(data, seat), None
+            message = FORGOTTEN
         except Failure as failure:
             message = str(failure).encode(errors="replace").decode()
         except Exception as error:  # one odd URL must not cost its row
@@ -121,9 +140,9 @@ def download_shard(options: Options, out: Store, scratch: str | None, task: Task
         rows = Path(folder, f"{task.shard}.arrow")
         rows.write_bytes(task.rows)
         resizer = UprightResizer(options.image_size, "keep_ratio", resize_only_if_bigger=True, encode_quality=_QUALITY,
-                                 encode_format=options.format)
+                                 encode_format=options.format, forgotten=task.hashes)
         PolicedDownloader(
-            options, task.forgotten, sample_writer_class=WebDatasetSampleWriter, resizer=resizer,
+            options, task, sample_writer_class=WebDatasetSampleWriter, resizer=resizer,
             thread_count=options.threads, save_caption=True, extract_exif=False, output_folder=folder,
             column_list=list(COLUMNS), timeout=options.timeout, number_sample_per_shard=options.shard_size,
             oom_shard_count=DIGITS, compute_hash="sha256", verify_hash_type=None, encode_format=options.format,

@@ -1,9 +1,7 @@
-"""Retry, takedown and merge: what may heal is fetched again, what was taken down never, and nothing counts twice."""
+"""Retry and merge: what may heal is fetched again, and nothing counts twice."""
 
 import contextlib
-import hashlib
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +12,14 @@ from shards import write_set
 from test_download import HERE, samples, url_table
 from webserver import Site, serving
 
-from pipeline.console import InputError, WorkFailed
+from pipeline.console import InputError
 from pipeline.download import Options, download
 from pipeline.index import Index
 from pipeline.indexing import build
 from pipeline.merging import Input, merge, parse_input
 from pipeline.retry import retry, rounds, survival, together
-from pipeline.schema import SKIPS, sample_id_of
-from pipeline.skips import read_skips
+from pipeline.schema import sample_id_of
 from pipeline.stats import statistics
-from pipeline.takedown import forget, parse
 
 PICTURES = [encoded(picture(seed), quality=90) for seed in range(12)]
 SPEED = {"distributor": "inline", "threads": 4, "timeout": 2, "retries": 0}
@@ -106,59 +102,6 @@ def test_retry_needs_a_finished_download(tmp_path):
         retry(tmp_path, SPEED)
 
 
-def test_what_is_forgotten_is_never_fetched_indexed_or_merged(downloaded):
-    site, folder, urls = downloaded
-    build(folder, 1)
-    original = hashlib.sha256(PICTURES[3]).hexdigest()
-    counts = forget(folder, parse([site.url("/503"), site.url("/1.jpg"), str(sample_id_of(site.url("/2.jpg"))), original]))
-    gone = {sample_id_of(site.url(path)) for path in ("/503", "/1.jpg", "/2.jpg", "/3.jpg")}
-    assert counts == {"named": 4, "indexed": 3, "removed": 0}
-    assert read_skips(folder / "forgotten.parquet") == dict.fromkeys(gone, "takedown")
-    assert pq.read_schema(folder / "forgotten.parquet").equals(SKIPS)
-    assert Index.open(folder).manifest["counts"] == {"samples": 9, "merged": 0, "excluded": {"forgotten": 3}}
-    heal(site)
-    site.hits.clear()
-    retry(folder, SPEED)
-    assert "/503" not in site.hits
-    (folder / "00000_stats.json").unlink()  # as if the first shard had to be downloaded again
-    (folder / "download.json").unlink()
-    site.hits.clear()
-    report = download(folder.parent / "urls.parquet", folder, Options(shard_size=5, allow_address=HERE, **SPEED))
-    assert report.failed["forgotten"] == 3
-    assert not {"/1.jpg", "/2.jpg", "/3.jpg"} & set(site.hits)
-    build(folder, 1)
-    write_set(folder.parent / "other", [(PICTURES[3], {"url": site.url("/3.jpg"), "caption": "elsewhere"}),
-                                        (PICTURES[4], {"url": site.url("/4.jpg"), "caption": "elsewhere"})])
-    merge(folder.parent / "both", [Input(folder), Input(folder.parent / "other")])
-    both = Index.open(folder.parent / "both")
-    ids = set(both.columns(np.arange(len(both)))["sample_id"].tolist())
-    assert not ids & gone
-    assert both.manifest["counts"]["excluded"] == {"forgotten": 1}
-
-
-def test_a_rewrite_removes_the_bytes(downloaded):
-    site, folder, urls = downloaded
-    build(folder, 1)
-    forget(folder, parse([site.url("/5.jpg")]), rewrite=True)
-    for path in folder.glob("*.tar"):
-        assert PICTURES[5] not in path.read_bytes()
-        with tarfile.open(path) as tar:
-            assert len(tar.getmembers()) % 3 == 0
-    report = download(folder.parent / "urls.parquet", folder, Options(shard_size=5, allow_address=HERE, **SPEED))
-    assert (report.rows, report.stored, report.failed["forgotten"]) == (len(urls), 11, 1)
-    assert Index.open(folder).manifest["counts"]["samples"] == 11
-    assert set(samples(folder)) == {site.url(f"/{number}.jpg") for number in range(12) if number != 5}
-
-
-def test_what_cannot_be_named_is_refused(downloaded):
-    _, folder, _ = downloaded
-    for words, says in ((["nonsense"], "neither a URL nor a sample id"), ([], "nothing is named"),
-                        (["a" * 64], "no image here")):
-        with pytest.raises(InputError, match=says):
-            forget(folder, parse(words))
-    assert not (folder / "forgotten.parquet").exists()
-
-
 def test_merge_unites_ids_and_keeps_weights_and_bytes(tmp_path):
     def told(url: str, source: str, caption: str) -> dict:
         return {"url": url, "source": source, "captions": [caption]}
@@ -186,15 +129,14 @@ def test_merge_unites_ids_and_keeps_weights_and_bytes(tmp_path):
 def test_what_cannot_be_merged_is_refused(tmp_path):
     write_set(tmp_path / "a", [(PICTURES[0], {"caption": "x", "source": "s"})])
     write_set(tmp_path / "b", [(PICTURES[1], {"caption": "x", "source": "s"})])
+    unfit = [([f"a={weight}"], f"weight {weight} is no number from 0 on") for weight in ("-1", "nan", "inf")]
     for words, says in ((["a=2", "b"], "source 's' would weigh both 2.0 and 1.0"), (["a=x"], "'x' is no weight"),
-                        (["nowhere"], "does not exist"), (["a=-1"], "is negative")):
+                        (["nowhere"], "does not exist"), *unfit):
         with contextlib.chdir(tmp_path), pytest.raises(InputError, match=says):
             merge(Path("out"), list(map(parse_input, words)))
     done = command("uniclip-data", "merge", "out", "a", "b", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "           2  samples in out/index.arrow\n"), done.stderr
     assert parse_input("a/b=0.5") == Input(parse_input("a/b").folder, 0.5)
-    with pytest.raises(WorkFailed, match="1 × forgotten"):
-        forget(tmp_path / "a", parse([str(sample_id_of(PICTURES[0]))]))
 
 
 def test_an_index_reads_only_what_is_new(tmp_path):

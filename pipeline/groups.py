@@ -1,0 +1,81 @@
+"""Duplicate groups: how they are named, and how they outlive the index in which they were found."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+
+def chained(values: np.ndarray) -> np.ndarray:
+    """Pairs (2, E) that chain rows of equal values."""
+    order = np.argsort(values, kind="stable")
+    same = values[order][1:] == values[order][:-1]
+    return np.stack([order[:-1][same], order[1:][same]])
+
+
+def named(edges: np.ndarray, sample_id: np.ndarray) -> np.ndarray:
+    """Each row's group, named by the smallest id in it; −1 where a row is alone."""
+    rows = len(sample_id)
+    graph = coo_array((np.ones(edges.shape[1], np.bool_), (edges[0], edges[1])), shape=(rows, rows))
+    count, label = connected_components(graph, directed=False)
+    name = np.full(count, np.iinfo(np.int64).max)
+    np.minimum.at(name, label, sample_id)
+    return np.where(np.bincount(label, minlength=count)[label] > 1, name[label], -1)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """An index's samples and their groups; left: how many `duplicates` has not seen, None where it never ran."""
+
+    sample_id: np.ndarray
+    group: np.ndarray
+    left: int | None
+
+    @classmethod
+    def read(cls, path: Path, manifest: dict) -> "Grouped | None":
+        """Of an index.arrow; None where it is absent or unreadable."""
+        try:
+            with pa.memory_map(str(path)) as file:
+                table = pa.ipc.open_file(file).read_all().select(["sample_id", "group"])
+                columns = [column.to_numpy() for column in table.columns]
+        except (OSError, pa.ArrowInvalid, KeyError):
+            return None
+        told = manifest.get("duplicates")
+        return cls(*columns, left=told.get("uncompared", 0) if told else None)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Groups for an index that is being made: sample_id ascending, their groups; `told` goes into its manifest."""
+
+    sample_id: np.ndarray
+    group: np.ndarray
+    told: dict
+
+    def of(self, sample_id: np.ndarray) -> np.ndarray:
+        """−1 for samples that nobody has grouped."""
+        if not len(self.sample_id):
+            return np.full(len(sample_id), -1)
+        at = np.minimum(np.searchsorted(self.sample_id, sample_id), len(self.sample_id) - 1)
+        return np.where(self.sample_id[at] == sample_id, self.group[at], -1)
+
+
+def carried(parts: Sequence[Grouped], sample_id: np.ndarray) -> Carried:
+    """The groups that `parts` knew, for these samples. A sample that has a group in several of them joins those groups."""
+    known = np.unique(sample_id)
+    ids, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for number, part in enumerate(parts):
+        mine = (part.group >= 0) & np.isin(part.sample_id, known)
+        ids.append(part.sample_id[mine])
+        labels.append(np.unique(part.group[mine], return_inverse=True)[1] * len(parts) + number)
+    found, row = np.unique(np.concatenate(ids), return_inverse=True)
+    group = named(row[chained(np.concatenate(labels))], found) if len(found) else found
+    left = [part.left + int((~np.isin(known, part.sample_id)).sum()) for part in parts if part.left is not None]
+    told = {"groups": len(np.unique(group[group >= 0])), "rows": int((group >= 0).sum()),
+            "largest": int(np.unique(group[group >= 0], return_counts=True)[1].max(initial=0)),
+            "uncompared": min(len(known), *left)} if left else {}
+    return Carried(found, group, told)
