@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.diagnostics import chance_loss, diagnose, effective_rank, uniformity
+from trainer.diagnostics import loss_bounds, diagnose, effective_rank, uniformity
 from trainer.losses import FORMULAS, LOSSES, SEPARABLE, unit
 
 MEMBERS = [(name, "unified") for name in FORMULAS] + [(name, "separate") for name in sorted(SEPARABLE)]
@@ -67,20 +67,22 @@ def test_effective_rank_and_uniformity_of_known_sets():
 @pytest.mark.parametrize("name, supervision", MEMBERS)
 @pytest.mark.parametrize("views, texts, temperature", [(3, 1, (0.1, 0.1, 0.1)), (2, 2, (0.12, 0.2, 0.1)),
                                                        (1, 1, (0.1, 0.2, 0.15))])
-def test_chance_is_the_loss_of_random_embeddings(name, supervision, views, texts, temperature):
+def test_bounds_are_the_losses_of_random_and_of_agreeing_groups(name, supervision, views, texts, temperature):
     torch.manual_seed(0)
     groups, width = 128, 96
     similarity = torch.tensor(temperature).double(), torch.tensor([0.1, -0.05, 0.0]).double()
-    drawn = []
+    drawn = {"floor": [], "chance": []}
     for _ in range(4):
         image, text = torch.randn(groups, views, width).double(), torch.randn(groups, texts, width).double()
-        drawn.append(LOSSES[name](image, text, *similarity, supervision).item())
-    expected = chance_loss(name, supervision, groups, views, texts, width, *similarity)
-    assert expected == pytest.approx(sum(drawn) / len(drawn), rel=0.01)
+        drawn["chance"].append(LOSSES[name](image, text, *similarity, supervision).item())
+        image[:], text[:] = image[:, :1], image[:, :1]
+        drawn["floor"].append(LOSSES[name](image, text, *similarity, supervision).item())
+    bounds = loss_bounds(name, supervision, groups, views, texts, width, *similarity)
+    assert bounds == pytest.approx(tuple(sum(losses) / len(losses) for losses in drawn.values()), rel=0.02)
 
 
 def test_chance_of_infonce_at_high_temperature_is_the_log_of_the_batch_and_of_mp_nce_is_not():
     temperature, offset = torch.full((3,), 10.0), torch.zeros(3)
-    assert chance_loss("multi_positive_infonce", "separate", 64, 1, 1, 512, temperature, offset) == \
+    assert loss_bounds("multi_positive_infonce", "separate", 64, 1, 1, 512, temperature, offset)[1] == \
         pytest.approx(math.log(64), abs=1e-4)
-    assert chance_loss("mp_nce", "unified", 64, 3, 1, 512, temperature, offset) < 0.4 * math.log(4 * 64)
+    assert loss_bounds("mp_nce", "unified", 64, 3, 1, 512, temperature, offset)[1] < 0.4 * math.log(4 * 64)

@@ -17,7 +17,8 @@ from conftest import command
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
 from trainer.config import load_config
-from trainer.train import restored, start, train
+from trainer.train import train
+from trainer.training import restored, start
 
 TINY = {"model.image.size": 24, "model.image.width": 32, "model.image.depth": 2, "model.image.heads": 2,
         "model.text.width": 32, "model.text.depth": 2, "model.text.heads": 2, "model.dim": 16, "optim.batch_size": 16,
@@ -229,7 +230,7 @@ def test_a_run_goes_on_with_another_number_of_processes(scenes, tmp_path):
 WRONG = [
     (["run", "nowhere.toml"], 2, "neither a TOML file nor a preset"),
     (["run", "scenes-tny"], 2, "did you mean scenes-tiny?"),
-    (["run", "scenes-tiny", "--set", "optim.lrate=1"], 2, "did you mean optim.lr?"),
+    (["run", "scenes-tiny", "--set", "optim.lrate=1"], 2, "did you mean optim.lr_scale or optim.lr?"),
     (["run", "scenes-tiny", "--set", "data.index=nowhere"], 2, "nowhere"),
     (["run", "scenes-tiny", "--set", "run.device=cuda:7"], 2, "no CUDA device"),
     (["run", "scenes-tiny", "--set", "model.image.arch=resnet50"], 2, "[model] cannot be built"),

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from trainer.config import load_config
-from trainer.train import start, train
+from trainer.train import train
+from trainer.training import start
 
 
 def tiny_run(scenes: Path, folder: Path, samples: int = 48) -> Path:

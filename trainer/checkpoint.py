@@ -1,38 +1,66 @@
 """A checkpoint is a folder, complete when its state.json is there and its hashes hold; `latest` is a small pointer file.
 
-    RUN/checkpoints/000001600/model.safetensors optimizer.pt tokenizer.json config.toml state.json
+    RUN/checkpoints/000001600/model.safetensors optimizer.pt tokenizer.json config.toml state.json [average.safetensors]
     RUN/checkpoints/latest
 """
 
-import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pipeline.console import InputError, WorkFailed
+from pipeline.files import sha256_of
 from pipeline.recipe import Cursor
 from pipeline.text import CaptionTokenizer
-from trainer.config import Config, load_config
+from trainer.config import Config, RunConfig, load_config
+from trainer.mirror import Mirror
 from trainer.model import UniCLIP
 
-WEIGHTS, OPTIMIZER, TOKENIZER, CONFIG, STATE, LATEST = (
-    "model.safetensors", "optimizer.pt", "tokenizer.json", "config.toml", "state.json", "latest")
+WEIGHTS, AVERAGE, OPTIMIZER, TOKENIZER, CONFIG, STATE, LATEST = (
+    "model.safetensors", "average.safetensors", "optimizer.pt", "tokenizer.json", "config.toml", "state.json", "latest")
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands. `seconds` is the training time so far; `hashes` the sha256 of each other file."""
+    """Where a run stands. `seconds` is the training time so far; `skipped` updates were left out; `hashes`: sha256 by file."""
 
     step: int
     cursor: Cursor
     seconds: float
+    skipped: int
     hashes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Weights by name, the optimizer's state by parameter name, the moving average of the weights where there is one."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    average: dict[str, Tensor] | None
+    rng: Tensor
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold, in memory."""
+
+    tensors: Tensors
+    tokenizer: str
+    config: str
+    step: int
+    cursor: Cursor
+    seconds: float
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -46,12 +74,6 @@ class Loaded:
     weights_sha256: str
     folder: Path
     run: Path
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, data: str | bytes) -> None:
@@ -68,30 +90,70 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def save(run: Path, model: UniCLIP, optimizer: torch.optim.Optimizer, tokenizer: CaptionTokenizer, config: Config,
-         step: int, cursor: Cursor, seconds: float, keep: int) -> Path:
+def save(run: Path, taken: Snapshot, keep: int) -> Path:
     """Write a checkpoint, move `latest` to it, remove all but the `keep` newest → its folder.
 
-    state.json is written last: without it a folder is no checkpoint. Raises WorkFailed (disk full, read-only).
+    Raises WorkFailed (disk full, read-only).
     """
-    folder = folder_of(run, cursor)
+    folder = folder_of(run, taken.cursor)
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # torn by a kill; never what `latest` names, see point_at
-        folder.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
-        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, folder / OPTIMIZER)
-        _write(folder / TOKENIZER, tokenizer.to_json())
-        _write(folder / CONFIG, config.to_toml())
-        hashes = {name: sha256_of(folder / name) for name in (WEIGHTS, OPTIMIZER, TOKENIZER, CONFIG)}
-        for name in hashes:
-            _sync(folder / name)
-        _replace(folder / STATE, json.dumps(asdict(State(step, cursor, seconds, hashes)), indent=1))
+        write(folder, taken)
         point_at(folder)
         _retain(run / "checkpoints", keep)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save and safetensors wrap the system's error
         raise WorkFailed(f"{folder} could not be written ({error}): the checkpoint before it is whole; make room, then "
                          f"`uniclip-train resume {run}`") from error
     return folder
+
+
+def write(folder: Path, taken: Snapshot) -> None:
+    """The files of a checkpoint; state.json is written last: without it a folder is none."""
+    shutil.rmtree(folder, ignore_errors=True)  # torn by a kill; never what `latest` names, see point_at
+    folder.mkdir(parents=True)
+    save_file(taken.tensors.weights, folder / WEIGHTS)
+    if taken.tensors.average is not None:
+        save_file(taken.tensors.average, folder / AVERAGE)
+    torch.save({"optimizer": taken.tensors.optimizer, "rng": taken.tensors.rng}, folder / OPTIMIZER)
+    _write(folder / TOKENIZER, taken.tokenizer)
+    _write(folder / CONFIG, taken.config)
+    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    for name in hashes:
+        _sync(folder / name)
+    _replace(folder / STATE, json.dumps(asdict(State(taken.step, taken.cursor, taken.seconds, taken.skipped, hashes)),
+                                        indent=1))
+
+
+class Saver:
+    """Writes checkpoints from a thread, one at a time, while the run goes on; its mirror gets a copy of each."""
+
+    def __init__(self, run: RunConfig):
+        self._run, self._keep, self._mirror = run.folder, run.keep, Mirror(run.mirror) if run.mirror else None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
+
+    def save(self, taken: Snapshot) -> None:
+        """Begin to write, once the one before is written. Raises WorkFailed when that failed."""
+        self.wait()
+        self._writing = self._pool.submit(self._save, taken)
+
+    def wait(self) -> None:
+        """Until all is written. Raises WorkFailed (disk full, read-only, an unreachable mirror)."""
+        if self._writing:
+            self._writing.result()
+
+    def check(self) -> None:
+        """Raises the WorkFailed of a checkpoint that could not be written."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Give the thread back; what it is writing will be written."""
+        self._pool.shutdown()
+
+    def _save(self, taken: Snapshot) -> None:
+        folder = save(self._run, taken, self._keep)
+        if self._mirror:
+            self._mirror.copy(folder, self._keep)
 
 
 def folder_of(run: Path, cursor: Cursor) -> Path:
@@ -137,7 +199,7 @@ def read_state(folder: Path) -> State:
     """state.json of a checkpoint, with every file's hash verified. Raises InputError."""
     try:
         values = json.loads((folder / STATE).read_text())
-        state = State(values["step"], Cursor(**values["cursor"]), values["seconds"], values["hashes"])
+        state = State(**values | {"cursor": Cursor(**values["cursor"])})
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / STATE} is damaged ({error}): {_others(folder.parent)}") from None
     for name, digest in state.hashes.items():
@@ -154,27 +216,33 @@ def make_model(config: Config, tokenizer: CaptionTokenizer) -> UniCLIP:
         raise InputError(f"[model] cannot be built: {error}: check model.image.arch, sizes and heads") from None
 
 
-def load_model(path: str | Path, device: str = "cpu") -> Loaded:
+def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> Loaded:
     """The model, tokenizer and configuration of a run or checkpoint folder; the model in evaluation mode.
 
-    Raises InputError when there is none or it is damaged.
+    average: take the moving average of the weights where there is one. Raises InputError when there is no checkpoint or it
+    is damaged.
     """
     folder = find(Path(path))
     state = read_state(folder)
     config = load_config(str(folder / CONFIG))
     tokenizer = CaptionTokenizer.from_json((folder / TOKENIZER).read_text(), config.model.text.context)
     model = make_model(config, tokenizer)
+    name = AVERAGE if average and AVERAGE in state.hashes else WEIGHTS
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(load_file(folder / name))
     except RuntimeError as error:
-        raise InputError(f"{folder / WEIGHTS} does not fit the model that {CONFIG} beside it describes: {error}") from None
+        raise InputError(f"{folder / name} does not fit the model that {CONFIG} beside it describes: {error}") from None
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    return Loaded(model.eval().to(device), tokenizer, config.model.image.size, config, state.hashes[WEIGHTS], folder, run)
+    return Loaded(model.eval().to(device), tokenizer, config.model.image.size, config, state.hashes[name], folder, run)
 
 
-def restore(folder: Path, model: UniCLIP, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, optimizer and random state back, in place."""
-    model.load_state_dict(load_file(folder / WEIGHTS))
+def load_config_of(path: Path) -> Config:
+    """The configuration of a run or checkpoint folder. Raises InputError when there is none."""
+    return load_config(str(find(path) / CONFIG))
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """What `resume` puts back; `read_state` has verified the files."""
     saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"])
+    average = load_file(folder / AVERAGE) if (folder / AVERAGE).is_file() else None
+    return Tensors(load_file(folder / WEIGHTS), saved["optimizer"], average, saved["rng"])

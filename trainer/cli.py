@@ -33,7 +33,10 @@ def run(
 
 
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="The folder of the run.")]) -> None:
+def resume(
+    place: Annotated[str, typer.Argument(metavar="RUN", help="The folder of the run, or the URL of its mirror.")],
+    folder: Annotated[Path | None, typer.Option(help="Where a mirror is fetched to; where the run was unless given.")] = None,
+) -> None:
     """Go on with a run from its latest complete checkpoint, exactly as if it had never stopped.
 
     It may go on under torchrun on another number of processes: samples, captions and views stay what they were.
@@ -42,7 +45,18 @@ def resume(folder: Annotated[Path, typer.Argument(help="The folder of the run.")
     """
     from trainer.train import resume as resume_run
 
-    say(f"checkpoint {resume_run(folder)}")
+    say(f"checkpoint {resume_run(place, folder)}")
+
+
+@app.command()
+def replay(step: Annotated[Path, typer.Argument(metavar="STEP", help="A folder inside RUN/failures/.")]) -> None:
+    """Run a step again that was left out because its loss or gradient was not finite, and say what is not.
+
+    Example: `uniclip-train replay runs/photos/failures/000000128000`
+    """
+    from trainer.failures import replay as replay_step
+
+    replay_step(step)
 
 
 @app.command()

@@ -18,20 +18,21 @@ from pydantic import (
 )
 
 from pipeline.console import InputError
-from pipeline.sampling import KINDS, MEDIUM, RECIPES, STRONG, WEAK, ViewKind
+from pipeline.sampling import KINDS, MAX_JITTER, MEDIUM, RECIPES, STRONG, VIEW_RANGES, WEAK, ViewKind
 
 PRESETS = Path(__file__).parent / "configs"
 _INSTEAD = {"data.stream": "index", "data.index": "stream"}  # --set of one takes the place of the other
 
 
 class Section(BaseModel):
-    """Frozen, and unknown keys are errors."""
+    """Frozen; unknown keys are errors, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 Range = tuple[float, float]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Part = Literal["image", "text", "augmentation", "image_head", "text_head", "similarity"]
 Here = Annotated[Path, AfterValidator(Path.absolute)]  # a run may be resumed from another folder
 
 
@@ -47,15 +48,20 @@ class ViewConfig(Section):
     blur_p: float = Field(default=0.0, ge=0, le=1)
     flip_p: float = Field(default=0.0, ge=0, le=1)
 
-    @model_validator(mode="after")
-    def _ranges(self) -> "ViewConfig":
-        for name in ("area", "aspect", "blur_sigma"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} = [{low}, {high}] is no range: 0 < low ≤ high")
-        if self.area[1] > 1:
-            raise ValueError(f"area = {list(self.area)} is larger than the image: at most 1")
-        return self
+    @field_validator("area", "aspect", "blur_sigma")
+    @classmethod
+    def _range(cls, given: Range, info: ValidationInfo) -> Range:
+        least, most, of = VIEW_RANGES[str(info.field_name)]
+        if not least <= given[0] <= given[1] <= most:
+            raise ValueError(f"is no range of {of}: give [low, high] with {least:g} ≤ low ≤ high ≤ {most:g}")
+        return given
+
+    @field_validator("jitter")
+    @classmethod
+    def _half_widths(cls, given: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= width <= most for width, most in zip(given, MAX_JITTER, strict=True)):
+            raise ValueError("give brightness, contrast and saturation in 0 … 1 and hue in 0 … 0.5")
+        return given
 
 
 def _view_config(kind: ViewKind) -> ViewConfig:
@@ -67,7 +73,8 @@ class DataConfig(Section):
 
     index (exact) or stream (tars without an index, `shards/{000..009}.tar`). shards: folder or URL of the index's tars
     when they are not beside it, with copies in `cache`. weights: source → times an epoch. skip: Parquet files with a
-    column sample_id. recipe: a name in RECIPES, or kinds of views.
+    column sample_id. recipe: a name in RECIPES, or kinds of views. read_timeout: seconds after which a read that has not
+    answered costs its sample, or the rest of its tar in a stream.
     """
 
     index: Here | None = None
@@ -168,6 +175,25 @@ class ModelConfig(Section):
     similarity: SimilarityConfig = SimilarityConfig()
 
 
+class InitConfig(Section):
+    """Weights a fresh run starts from; see trainer.initialise. freeze: towers whose weights stay as they are.
+
+    image: "timm:NAME", "open_clip:WHAT", or a run, checkpoint or export folder; text: the last two. WHAT: a weights file,
+    ARCHITECTURE@FILE, a folder with open_clip_config.json, or hf-hub:ORG/NAME.
+    """
+
+    image: str = ""
+    text: str = ""
+    freeze: tuple[Literal["image", "text"], ...] = ()
+
+    @model_validator(mode="after")
+    def _frozen_weights_are_given(self) -> "InitConfig":
+        for tower in self.freeze:
+            if not getattr(self, tower):
+                raise ValueError(f"freeze = \"{tower}\" would keep random weights: set init.{tower} too")
+        return self
+
+
 class LossConfig(Section):
     """A member of trainer.losses.LOSSES."""
 
@@ -185,7 +211,9 @@ class OptimConfig(Section):
     """AdamW with warm-up and a cosine to zero; all lengths in samples, so another GPU count changes nothing.
 
     batch_size is the global one. accumulation: parts in which each process takes its slice of it, for less memory; the loss
-    and its gradient stay the whole batch's.
+    and its gradient stay the whole batch's. lr_scale: part of the model → factor on lr. layer_decay: factor on lr for each
+    block further from the output, in both towers. average_samples: time constant of a moving average of the weights, which
+    evaluation then uses; 0 for none. skips: updates with a loss or gradient that is not finite, left out, until the run ends.
     """
 
     samples: int = Field(gt=0)
@@ -196,24 +224,39 @@ class OptimConfig(Section):
     betas: tuple[Share, Share] = (0.9, 0.98)
     weight_decay: float = Field(default=0.2, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    lr_scale: dict[Part, Annotated[float, Field(ge=0)]] = {}
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    average_samples: int = Field(default=0, ge=0)
+    skips: int = Field(default=10, ge=0)
 
 
 class RunConfig(Section):
-    """Where the run lives, what it runs on, how often it writes."""
+    """Where the run lives, what it runs on, how often it writes.
+
+    sharding: "fsdp" splits weights, gradients and optimizer over the processes (FSDP2). recompute: activations of the blocks
+    are computed again in the backward pass, for less memory. mirror: an fsspec URL that gets a copy of every checkpoint.
+    wandb: name of a project there.
+    """
 
     folder: Here
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["fp32", "bf16"] = "fp32"
+    sharding: Literal["none", "fsdp"] = "none"
+    recompute: bool = False
+    compile: bool = False
     log_every: int = Field(default=10, gt=0)
     save_every_samples: int = Field(gt=0)
+    save_every_minutes: float = Field(default=30, gt=0)
     keep: int = Field(default=2, gt=0)
+    mirror: str = ""
+    wandb: str = ""
 
     @field_validator("folder", mode="before")
     @classmethod
     def _local(cls, folder: Any) -> Any:
         if "://" in str(folder):
-            raise ValueError("a run lives in a local folder: copy its checkpoints/ to remote storage")
+            raise ValueError("a run lives in a local folder: set run.mirror to this URL for a copy of its checkpoints there")
         return folder
 
 
@@ -222,6 +265,7 @@ class Config(Section):
 
     data: DataConfig
     model: ModelConfig
+    init: InitConfig = InitConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig
     run: RunConfig
@@ -296,6 +340,6 @@ def _nearest(loc: tuple[int | str, ...]) -> str:
     for part in loc[:-1]:
         section = section.model_fields[part].annotation
     names = list(section.model_fields)
-    near = difflib.get_close_matches(str(loc[-1]), names, 1, 0.5)
     prefix = "".join(f"{part}." for part in loc[:-1])
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(names)}"
+    near = [prefix + name for name in difflib.get_close_matches(str(loc[-1]), names, 2, 0.5)]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(names)}"

@@ -95,12 +95,14 @@ def uniformity(z_BD: Tensor) -> Tensor:
     return torch.pdist(z_BD[:UNIFORMITY_SAMPLE].double()).square().mul(-2).exp().mean().log()
 
 
-def chance_loss(name: str, supervision: str, groups: int, views: int, texts: int, width: int, temperature_3: Tensor,
-                offset_3: Tensor) -> float:
-    """The loss of a model that knows nothing: independent directions, uniform in `width` dimensions.
+def loss_bounds(name: str, supervision: str, groups: int, views: int, texts: int, width: int, temperature_3: Tensor,
+                offset_3: Tensor) -> tuple[float, float]:
+    """(floor, chance): between which losses a model learns.
 
-    Λ = log(negatives · E e^ℓ), which is true of many negatives and fails where τ is so low that a few of them outweigh the
-    rest, 1/(τ²·width) > 2·log(negatives). Cosines within a group are 0 ± 1/√width: a three-point Gauss-Hermite rule in each.
+    Chance is a model that knows nothing: independent directions, uniform in `width` dimensions. The floor is one whose
+    groups agree perfectly and are as far from each other as that. Λ = log(negatives · E e^ℓ), which is true of many
+    negatives and fails where τ is so low that a few of them outweigh the rest, 1/(τ²·width) > 2·log(negatives). For chance,
+    cosines within a group are 0 ± 1/√width: a three-point Gauss-Hermite rule in each.
     """
     temperature_3, offset_3 = temperature_3.detach().double(), offset_3.detach().double()
     formula, size, device = formula_of(name, supervision), views + texts, temperature_3.device
@@ -121,7 +123,7 @@ def chance_loss(name: str, supervision: str, groups: int, views: int, texts: int
             moved_SS = cosine_SS.clone()
             moved_SS[a, b] = moved_SS[b, a] = cosine
             loss += (of_cosines(moved_SS) - middle) / 6
-    return loss
+    return of_cosines(torch.ones_like(cosine_SS)), loss
 
 
 def _log_mean_score(width: int, k_3: Tensor) -> Tensor:

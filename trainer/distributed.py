@@ -14,9 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.console import InputError
+from pipeline.console import InputError, WorkFailed
+from trainer.heartbeat import Heartbeat
 from trainer.losses import NoValidGroup
 
 Embeddings = tuple[Tensor, Tensor, Tensor, Tensor]  # image (B, V, D), text (B, T, D), temperature (3,), offset (3,)
@@ -82,6 +86,23 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set on any rank. One collective, which all ranks must call."""
+        if self.world == 1:
+            return list(flags)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag_F = torch.tensor(flags, dtype=torch.int32, device=device)
+        dist.all_reduce(flag_F, dist.ReduceOp.MAX)
+        return flag_F.bool().tolist()
+
+    def sum(self, *counts: int) -> list[int]:
+        """Each count, added up over ranks. One collective, which all ranks must call."""
+        if self.world == 1:
+            return list(counts)
+        count_F = torch.tensor(counts, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(count_F)
+        return count_F.tolist()
+
     def for_averaging(self, loss: Tensor) -> Tensor:
         """What to call backward on under DDP: ranks' gradients are shares to be added, and DDP averages them."""
         return loss * self.world
@@ -90,12 +111,29 @@ class Ranks:
 ALONE = Ranks()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, put together from all ranks where it is sharded: a collective, then, which all ranks must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, known to every rank, on the device of `like` and split as it is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)
+
+
 @contextmanager
 def process_group(batch: int, device: str, timeout_minutes: float = 10) -> Generator[tuple[Ranks, str]]:
     """Ranks and device of a process that torchrun started; ALONE and `device` of any other.
 
-    A rank that waits longer than the timeout for another one ends with an error. Raises InputError when there are more
-    ranks than groups or GPUs.
+    When a rank dies, the others end within half a minute and say which. Raises InputError when there are more ranks than
+    groups or GPUs, WorkFailed when another rank is gone.
     """
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if world == 1:
@@ -109,10 +147,21 @@ def process_group(batch: int, device: str, timeout_minutes: float = 10) -> Gener
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    heartbeat = Heartbeat(dist.get_rank(), world)
     try:
         yield Ranks(dist.get_rank(), world, batch), device
+    except Exception as error:
+        if _of_communication(error) and (verdict := heartbeat.wait_for_verdict()):
+            raise WorkFailed(f"{verdict}; the last checkpoint is whole: start again with `resume`") from error
+        heartbeat.tell(str(error).partition("\n")[0])
+        raise
     finally:
+        heartbeat.close()
         dist.destroy_process_group()
+
+
+def _of_communication(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 class Step(nn.Module):
@@ -129,16 +178,39 @@ class Step(nn.Module):
         return image_BVD, text_BTD, *self.model.get_submodule("similarity")()
 
 
-def parallel(step: nn.Module, ranks: Ranks, device: str) -> nn.Module:
-    """`step`, whose gradients are averaged over ranks.
+def parallel(step: Step, ranks: Ranks, device: str, sharding: str = "none") -> nn.Module:
+    """`step`, whose gradients are averaged over ranks; with "fsdp" its parameters are split over them, one block at a time.
 
     On CPUs DDP looks for unused parameters only because it then keeps its buckets as they are: rebuilt after the first
     step, they would add in another order than the run that resumes there.
     """
     if ranks.world == 1:
         return step
+    if sharding == "fsdp":
+        mesh = init_device_mesh(torch.device(device).type, (ranks.world,))
+        for block in step.model.get_submodule("image.vit.blocks"), step.model.get_submodule("text.blocks"):
+            for layer in block.children():
+                fully_shard(layer, mesh=mesh)
+        fully_shard(step.model, mesh=mesh)
+        for method in ("encode_image", "encode_text", "image_features"):
+            register_fsdp_forward_method(step.model, method)
+        return step
     gpu = [torch.device(device)] if device.startswith("cuda") else None
     return DistributedDataParallel(step, gpu, broadcast_buffers=False, find_unused_parameters=gpu is None)
+
+
+@contextmanager
+def _unsynchronised(step: nn.Module) -> Generator[None]:
+    """Backward passes in here leave each rank's gradient where it is."""
+    if isinstance(step, DistributedDataParallel):
+        with step.no_sync():
+            yield
+    elif isinstance(sharded := getattr(step, "model", None), FSDPModule):
+        sharded.set_requires_gradient_sync(False)
+        yield
+        sharded.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 def chunks(count: int, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> list[tuple]:
@@ -176,7 +248,7 @@ def forward_backward(step: nn.Module, parts: Sequence[tuple], loss_of: Callable[
         last = n == len(pieces) - 1
         _set_random_state(state)
         # DDP reduces with the last part. τ and b are in every part, but their gradient is the whole loss's: it counts once.
-        with nullcontext() if last or not isinstance(step, DistributedDataParallel) else step.no_sync():
+        with nullcontext() if last else _unsynchronised(step):
             _backward(step(*part), [*gradients, *of_similarity] if last else gradients)
     return loss.detach()
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class ImageEncoder(nn.Module):
@@ -41,7 +42,7 @@ class TextEncoder(nn.Module):
     def __init__(self, vocab_size: int, context: int, width: int, depth: int, heads: int, end_id: int,
                  pooling: str = "start"):
         super().__init__()
-        self.pooling, self.end_id, self.width = pooling, end_id, width
+        self.pooling, self.end_id, self.width, self.recompute = pooling, end_id, width, False
         self.token = nn.Embedding(vocab_size, width)
         self.position = nn.Parameter(torch.empty(context, width))
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth))
@@ -60,7 +61,10 @@ class TextEncoder(nn.Module):
             length = token_BL.shape[1]
             mask = mask & torch.ones(length, length, dtype=torch.bool, device=token_BL.device).tril()
         for block in self.blocks:
-            x_BLW = block(x_BLW, attn_mask=mask)
+            if self.recompute and torch.is_grad_enabled():
+                x_BLW = checkpoint(block, x_BLW, attn_mask=mask, use_reentrant=False)
+            else:
+                x_BLW = block(x_BLW, attn_mask=mask)
         at_B = torch.zeros_like(token_BL[:, 0]) if self.pooling == "start" else real_BL.sum(1) - 1
         return self.norm(x_BLW[torch.arange(x_BLW.shape[0], device=x_BLW.device), at_B])  # len() would fix B on export
 

@@ -1,11 +1,17 @@
-"""What a run tells: one console line, metrics.jsonl, TensorBoard."""
+"""What a run tells: one console line, metrics.jsonl, TensorBoard, wandb."""
 
+import hashlib
 import json
+import math
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.console import say
+from pipeline.console import InputError, say
+from trainer.config import RunConfig
+from trainer.hints import Hints
 from trainer.similarity import DOMAIN_PAIRS
 
 METRICS, LEDGER = "metrics.jsonl", "bad_samples.jsonl"
@@ -24,32 +30,75 @@ def cut_back(path: Path, samples_seen: int) -> None:
 class Log:
     """Writes each logged step everywhere. `samples` is the length of the run, `samples_seen` where it stands."""
 
-    def __init__(self, run: Path, samples: int, samples_seen: int):
+    def __init__(self, run: RunConfig, samples: int, samples_seen: int):
         self._samples = samples
         for name in (METRICS, LEDGER):
-            cut_back(run / name, samples_seen)
-        self._file = (run / METRICS).open("a", buffering=1)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=samples_seen + 1)
+            cut_back(run.folder / name, samples_seen)
+        self._file = (run.folder / METRICS).open("a", buffering=1)
+        self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=samples_seen + 1)
+        self._wandb = _wandb(run) if run.wandb else None
+        self._hints = Hints(samples)
 
     def write(self, metrics: dict) -> None:
-        """One step's numbers: scalars, or a list with a value for each domain pair."""
-        self._file.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items():
-            values = dict(zip((f"{name}/{pair}" for pair in DOMAIN_PAIRS), value, strict=True)) \
-                if isinstance(value, list) else {name: value}
-            for title, number in values.items():
-                self._board.add_scalar(title, number, metrics["samples"])
+        """One step's numbers: scalars, or a list with a value for each domain pair, or a dict with one for each part."""
+        self._everywhere(metrics)
         say(self._line(metrics))
+        for hint in self._hints.of(metrics):
+            say(f"  hint: {hint}")
+
+    def evaluated(self, metrics: dict) -> None:
+        """Results of an evaluation during training: `samples`, and numbers by name."""
+        self._everywhere(metrics)
+        say(f"samples {metrics['samples']:,}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()
+                                                            if name != "samples"))
+
+    def _everywhere(self, metrics: dict) -> None:
+        self._file.write(json.dumps(_strict(metrics)) + "\n")
+        flat = {title: number for name, value in metrics.items() for title, number in _flat(name, value)}
+        for title, number in flat.items():
+            self._board.add_scalar(title, number, metrics["samples"])
+        if self._wandb:
+            self._wandb.log(flat, step=metrics["samples"])
 
     def _line(self, m: dict) -> str:
         left = max(self._samples - m["samples"], 0) / max(m["samples_per_second"], 1e-9)
         temperature = "/".join(f"{t:.3f}" for t in m["temperature"])
-        return (f"samples {m['samples']:,}/{self._samples:,}  loss {m['loss']:.4f} (chance {m['chance_loss']:.2f})  "
-                f"lr {m['lr']:.2e}  τ {temperature}  "
-                f"{m['samples_per_second']:.0f} samples/s  waiting for data {m['data_wait']:.1%}  "
+        mfu = f"MFU {m['mfu']:.0%}  " if "mfu" in m else ""
+        return (f"samples {m['samples']:,}/{self._samples:,}  loss {m['loss']:.4f} ({m['floor_loss']:.2f} – "
+                f"{m['chance_loss']:.2f})  lr {m['lr']:.2e}  τ {temperature}  "
+                f"{m['samples_per_second']:.0f} samples/s  {mfu}waiting for data {m['data_wait']:.1%}  "
                 f"left {left // 60:.0f}:{left % 60:02.0f}")
 
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _strict(value: Any) -> Any:
+    """JSON knows no NaN: null takes its place."""
+    if isinstance(value, dict):
+        return {name: _strict(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_strict(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, float]]:
+    """A metric as (title, number); what is not a number is left out."""
+    if isinstance(value, list):
+        value = dict(zip(DOMAIN_PAIRS, value, strict=True))
+    numbers = [(f"{name}/{part}", x) for part, x in value.items()] if isinstance(value, dict) else [(name, value)]
+    return [(title, number) for title, number in numbers if math.isfinite(number)]
+
+
+def _wandb(run: RunConfig) -> Any:
+    """The run at wandb, the same one after a resume."""
+    try:
+        wandb = import_module("wandb")
+    except ImportError:
+        raise InputError(f"run.wandb = {run.wandb!r} needs wandb: pip install wandb, or set run.wandb to \"\"") from None
+    name = hashlib.sha256(str(run.folder).encode()).hexdigest()[:12]
+    return wandb.init(project=run.wandb, name=run.folder.name, id=name, resume="allow", dir=str(run.folder))

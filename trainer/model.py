@@ -29,6 +29,12 @@ class UniCLIP(nn.Module):
         self.similarity = Similarity(config.similarity.kind, config.similarity.temperature, learn_offset)
         self.register_buffer("identity_A", torch.from_numpy(IDENTITY.copy()), persistent=False)
 
+    def recompute(self, enable: bool) -> "UniCLIP":
+        """Compute the blocks' activations again in the backward pass instead of keeping them."""
+        self.image.vit.set_grad_checkpointing(enable)
+        self.text.recompute = enable
+        return self
+
     def image_features(self, image_BCHW: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B W"]:
         """h: what linear probe and fine-tuning use → (B, width)."""
         return self.image(image_BCHW)

@@ -1,0 +1,111 @@
+"""Steps that went wrong, kept so that they can be run again: RUN/failures/000001600/.
+
+The folder is a checkpoint without optimizer (the weights the step met), with each rank's batch: ids, vectors, tokens,
+random state. Pixels follow from index and vectors; a stream has no index, there the views are kept too.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.console import InputError, WorkFailed, say
+from pipeline.schema import Batch
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.distributed import chunks, forward_backward, process_group
+from trainer.objective import Objective
+from trainer.training import Training, pick_device, restored, snapshot
+
+FOLDER, KEPT = "failures", 3
+BATCH = ("vectors", "tokens", "sample_id", "group_id", "valid")
+
+
+class Skips:
+    """Updates that were left out because loss or gradient were not finite; past the budget the run ends."""
+
+    def __init__(self, run: Path, budget: int):
+        self._run, self._budget = run, budget
+
+    def skip(self, config: Config, t: Training, batch: Batch, loss: Tensor, gradient: Tensor) -> None:
+        """Keep the step for `replay`, on all ranks together. Raises WorkFailed past the budget."""
+        t.skipped += 1
+        folder = self._run / FOLDER / f"{t.cursor.samples_seen:012d}"
+        taken = snapshot(config, t, 0.0)
+        if t.ranks.rank == 0:
+            checkpoint.write(folder, taken)
+            for old in sorted(path for path in folder.parent.iterdir())[:-KEPT]:
+                shutil.rmtree(old)
+        t.ranks.wait()
+        save_file(_told(batch, keep_views=config.data.index is None), folder / f"rank{t.ranks.rank}.safetensors")
+        t.ranks.wait()
+        what = (f"loss {loss.item():.4g}, gradient norm {gradient.item():.4g} at {t.cursor.samples_seen:,} samples are not "
+                f"finite")
+        again = f"`uniclip-train replay {folder}` runs the step again"
+        if t.skipped > self._budget:
+            raise WorkFailed(f"{what}, the {t.skipped}. such step, more than optim.skips = {self._budget}; weights are as of "
+                             f"the step before; {again}; lower optim.lr or use run.precision=fp32")
+        if t.ranks.rank == 0:
+            say(f"left out an update: {what} ({t.skipped} of at most {self._budget}); {again}")
+
+
+def _told(batch: Batch, keep_views: bool) -> dict[str, Tensor]:
+    kept = {name: getattr(batch, name) for name in BATCH} | {"rng": torch.get_rng_state()}
+    views = {f"view{v}": view for v, view in enumerate(batch.views)} if keep_views else {}
+    return {name: x.detach().cpu().contiguous() for name, x in (kept | views).items()}
+
+
+def replay(folder: Path) -> None:
+    """Run a kept step again and say what is not finite: loss, parts of the gradient, samples. Raises InputError.
+
+    As many processes as it was on repeat it exactly; any other number runs the same global batch.
+    """
+    kept = sorted(folder.glob("rank*.safetensors"))
+    if not kept:
+        raise InputError(f"{folder} holds no step to replay: give a folder inside RUN/{FOLDER}/")
+    config = checkpoint.load_model(folder, average=False).config
+    with process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
+        _, t = restored(folder, device, ranks)
+        batch = _batch(config, t, kept)
+        if len(kept) == ranks.world:
+            torch.set_rng_state(load_file(kept[ranks.rank])["rng"])
+        objective = Objective(config, ranks)
+        parts = chunks(config.optim.accumulation, batch.views, batch.vectors, batch.tokens)
+        loss = forward_backward(t.step_of, parts, objective.of(batch), ranks)
+        for line in _findings(t, objective, batch, loss):
+            say(line)
+
+
+def _batch(config: Config, t: Training, kept: list[Path]) -> Batch:
+    """This rank's share of the step's batch, checked against what was kept of it."""
+    told = [load_file(path) for path in kept]
+    count = sum(len(rank["valid"]) for rank in told)
+    mine = slice(t.ranks.rank * count // t.ranks.world, (t.ranks.rank + 1) * count // t.ranks.world)
+    told_B = {name: torch.cat([rank[name] for rank in told])[mine] for name in told[0] if name != "rng"}
+    if config.data.index is None:
+        views = [told_B[f"view{v}"] for v in range(told_B["vectors"].shape[1])]
+        return Batch(views, *(told_B[name] for name in BATCH)).to(t.device)
+    loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, config.optim.batch_size, t.device, t.ranks.rank, t.ranks.world)
+    batch = loader.batch_at(t.cursor.samples_seen)  # type: ignore[union-attr]  # an index has one
+    loader.close()
+    for name in BATCH:
+        if not torch.equal(getattr(batch, name).cpu(), told_B[name]):
+            raise WorkFailed(f"the batch at {t.cursor.samples_seen:,} samples has other {name} than the kept step's")
+    return batch
+
+
+def _findings(t: Training, objective: Objective, batch: Batch, loss: Tensor) -> list[str]:
+    lines = [f"step {t.step + 1} at {t.cursor.samples_seen:,} samples: loss {loss.item():.6g}"]
+    for name, part in t.model.named_children():
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]
+        if gradients:
+            lines.append(f"  gradient norm of {name}: {nn.utils.get_total_norm(gradients).item():.6g}")
+    for name, z_BXD in (("image", objective.image_BVD), ("text", objective.text_BTD)):
+        wrong_B = ~torch.isfinite(z_BXD).flatten(1).all(1)
+        ids = batch.sample_id[wrong_B].tolist()
+        lines.append(f"  {name} embeddings that are not finite: {len(ids)}"
+                     + (f", of samples {', '.join(map(str, ids[:10]))}" if ids else ""))
+    wrong = [name for name, p in t.model.named_parameters() if not torch.isfinite(p).all()]
+    return [*lines, f"  weights that are not finite: {', '.join(wrong) or 'none'}"]

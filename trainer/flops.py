@@ -1,0 +1,35 @@
+"""Model FLOPs of a sample and what the device could do: MFU. Recomputed activations do not count as work."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.model import UniCLIP
+
+# Dense bf16 peaks in FLOP/s, by a part of the name that torch gives the device (vendors' data sheets).
+PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12,
+         "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
+
+
+def flops_per_sample(model: UniCLIP, views: int, batch: int) -> float:
+    """Forward and backward of one group in a global batch of `batch`: towers, heads, and its share of the loss.
+
+    A backward pass is two forward passes; the loss is one product of M × D by D × M with M = (V + 1)·batch.
+    """
+    device = next(model.parameters()).device
+    size, context = model.image.size, model.text.position.shape[0]
+    image = torch.zeros(1, 3, size, size, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as image_counter:
+        model.encode_image(image)
+    with torch.no_grad(), FlopCounterMode(display=False) as text_counter:
+        model.encode_text(torch.zeros(1, context, dtype=torch.long, device=device))
+    members, dim = (views + 1) * batch, model.text_head.out_features
+    loss = 2 * members * dim * (views + 1)
+    return 3.0 * (views * image_counter.get_total_flops() + text_counter.get_total_flops() + loss)
+
+
+def peak_flops(device: str) -> float | None:
+    """The device's dense bf16 peak, None where it is not known (CPUs, other GPUs)."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -1,0 +1,29 @@
+"""What the machine asks of a run: SIGTERM – save and stop; SIGUSR1 – save and go on. Noted here, obeyed between steps."""
+
+import os
+import signal
+import threading
+
+_ANNOUNCED = {signal.SIGTERM: "SIGTERM: saving a checkpoint after this step, then stopping",
+              signal.SIGUSR1: "SIGUSR1: saving a checkpoint after this step"}
+
+
+class Orders:
+    """Context that listens for them; only a process's main thread can."""
+
+    def __init__(self) -> None:
+        self.stop = self.save = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Orders":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _ANNOUNCED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _: object) -> None:
+        self.save, self.stop = True, self.stop or number == signal.SIGTERM
+        os.write(2, f"{_ANNOUNCED[signal.Signals(number)]}\n".encode())  # a handler may not use buffered files

@@ -1,0 +1,149 @@
+"""What a run consists of, and how it is put together: fresh, or as a checkpoint left it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from pipeline.console import InputError
+from pipeline.loader import Indexed
+from pipeline.plan import read_skip_lists
+from pipeline.reader import Place
+from pipeline.recipe import Cursor, Recipe
+from pipeline.stream import Stream
+from pipeline.text import CaptionTokenizer
+from trainer import checkpoint
+from trainer.config import Config, DataConfig, TextConfig
+from trainer.distributed import ALONE, Ranks, Step, parallel, whole
+from trainer.initialise import freeze, initialise
+from trainer.model import UniCLIP
+from trainer.optim import Average, make_optimizer
+from trainer.pretrained import taken_tokenizer
+
+
+@dataclass
+class Training:
+    """Everything a run consists of besides its configuration.
+
+    `step_of` is the model as the loop calls it, `notes` what is to be said of the weights it starts from.
+    """
+
+    model: UniCLIP
+    step_of: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    tokenizer: CaptionTokenizer
+    data: Indexed | Stream
+    recipe: Recipe
+    cursor: Cursor
+    ranks: Ranks
+    device: str
+    notes: list[str]
+    step: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+def pick_device(name: str) -> str:
+    """"auto" is CUDA where there is a GPU. Raises InputError for a CUDA device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"run.device = {name!r}, but torch sees no CUDA device: set run.device=cpu or auto")
+    return name
+
+
+def open_data(config: DataConfig) -> Indexed | Stream:
+    """What [data] names. Raises InputError."""
+    skip_ids = read_skip_lists(config.skip)
+    if config.index is None:
+        return Stream.open(config.stream or "", skip_ids, config.read_timeout)
+    place = Place(config.shards, config.cache, int(config.cache_gb * 2**30), config.read_timeout)
+    return Indexed.open(config.index, config.weights, skip_ids, place)
+
+
+def make_tokenizer(config: TextConfig, data: Indexed | Stream, init: str = "") -> CaptionTokenizer:
+    """CLIP's vocabulary; the one of the text tower that `init` names; or one trained on the captions of the data."""
+    if config.vocabulary == "clip":
+        return CaptionTokenizer.clip(config.context)
+    return taken_tokenizer(init, config.context) or CaptionTokenizer.train(data.captions(), config.vocab_size, config.context)
+
+
+def start(config: Config, device: str | None = None, ranks: Ranks = ALONE) -> Training:
+    """A run at its beginning. Raises InputError when its folder already holds one."""
+    folder = config.run.folder
+    if (folder / "checkpoints" / checkpoint.LATEST).is_file():
+        raise InputError(f"{folder} already holds a run: go on with `uniclip-train resume {folder}`, or choose another "
+                         "with --set run.folder=…")
+    data = open_data(config.data)
+    return _assemble(config, data, make_tokenizer(config.model.text, data, config.init.text), device, ranks)
+
+
+def restored(folder: Path, device: str | None = None, ranks: Ranks = ALONE) -> tuple[Config, Training]:
+    """A run at its latest complete checkpoint. Raises InputError when the data is not what it was."""
+    source = checkpoint.find(folder)
+    state = checkpoint.read_state(source)
+    loaded = checkpoint.load_model(source, average=False)
+    config = loaded.config.model_copy(update={"run": loaded.config.run.model_copy(update={"folder": loaded.run})})
+    t = _assemble(config, open_data(config.data), loaded.tokenizer, device, ranks, source)
+    t.cursor.refuse_other(state.cursor)
+    t.cursor, t.step, t.seconds, t.skipped = state.cursor, state.step, state.seconds, state.skipped
+    return config, t
+
+
+def _assemble(config: Config, data: Indexed | Stream, tokenizer: CaptionTokenizer, device: str | None, ranks: Ranks,
+              source: Path | None = None) -> Training:
+    """`source`: the checkpoint whose weights, optimizer and random state go in."""
+    device = device or pick_device(config.run.device)
+    torch.manual_seed(config.run.seed)
+    model = checkpoint.make_model(config, tokenizer)
+    saved = checkpoint.read_tensors(source) if source else None
+    notes = [] if saved else initialise(model, tokenizer, config.init)
+    freeze(model, config.init)
+    if saved:
+        model.load_state_dict(saved.weights)
+    model.to(device).recompute(config.run.recompute)
+    step = parallel(Step(model, config.run.precision == "bf16"), ranks, device, config.run.sharding)
+    if config.run.compile:
+        model.image.compile()
+        model.text.compile()
+    average = Average(model, config.optim.average_samples, saved and saved.average) if config.optim.average_samples else None
+    optimizer = make_optimizer(model, config.optim)
+    if saved and saved.optimizer:
+        set_optimizer_state_dict(model, optimizer, saved.optimizer, options=StateDictOptions(full_state_dict=True))
+    if saved:
+        torch.set_rng_state(saved.rng)
+    recipe = Recipe(config.data.kinds(), config.model.image.size, config.data.executor, config.data.threads)
+    cursor = Cursor(config.run.seed, 0, data.fingerprint, recipe.fingerprint(**data.chosen))
+    ranks.wait()  # none looks at the folder from here on
+    return Training(model, step, optimizer, average, tokenizer, data, recipe, cursor, ranks, device, notes)
+
+
+def snapshot(config: Config, t: Training, seconds: float) -> checkpoint.Snapshot:
+    """A copy of all that a checkpoint holds, on the CPU: the run may go on. All ranks must call it when sharded."""
+    weights = {name: _copy(x) for name, x in t.model.state_dict().items()}
+    optimizer = _copies(get_optimizer_state_dict(t.model, t.optimizer)) if t.optimizer.state else {}
+    average = {name: _copy(x) for name, x in t.average.weights.items()} if t.average else None
+    tensors = checkpoint.Tensors(weights, optimizer, average, torch.get_rng_state())
+    return checkpoint.Snapshot(tensors, t.tokenizer.to_json(), config.to_toml(), t.step, t.cursor,
+                               t.seconds + seconds, t.skipped)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return whole(x).detach().to("cpu", copy=True).contiguous()
+
+
+def _copies(state: Any) -> Any:
+    """The same nested dicts and lists, tensors copied."""
+    if isinstance(state, Tensor):
+        return _copy(state)
+    if isinstance(state, dict):
+        return {name: _copies(value) for name, value in state.items()}
+    return [_copies(value) for value in state] if isinstance(state, list) else state
