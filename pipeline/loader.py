@@ -23,7 +23,7 @@ from pipeline.reader import Place, ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch
-from pipeline.skips import forgotten
+from pipeline.skips import Forgotten
 
 PREFETCHED_BATCHES = 2
 READ_AHEAD_BATCHES = 2
@@ -80,7 +80,7 @@ class Loader:
     """Iterates (Batch, Cursor after it) without end, from `cursor` on; threads work ahead.
 
     batch_size is the global one; this rank gets its slice. Captions and vectors are pure functions of the cursor.
-    plan: every row once unless given; place: where the shards are. What forgotten.parquet beside the index names keeps
+    plan: every row once unless given; place: where the shards are. What forgotten.parquet beside index or tars names keeps
     its place in the order, so that a run can go on after a takedown, and is never read again: valid = 0.
     """
 
@@ -96,7 +96,7 @@ class Loader:
         self._shards = self._place.shards(index.folder, index.shards, [s["size"] for s in index.manifest["shards"]])
         self._executor = make_executor(recipe, device)
         self._ahead = ReadAhead()
-        self._forgotten = np.fromiter(forgotten(index.folder), np.int64)
+        self._forgotten = Forgotten.beside(index.folder, index.shards).id_array
 
     def _read(self, gone: bool, shard: int, offset: int, size: int, plain: bool) -> bytes:
         if gone:
