@@ -17,15 +17,14 @@ from pipeline.images import Undecodable
 from pipeline.index import Index
 from pipeline.ledger import Ledger
 from pipeline.order import Order
-from pipeline.plan import Plan, digest, make_plan
-from pipeline.prefetch import prefetched
+from pipeline.plan import Plan, digest, effective_weights, make_plan
+from pipeline.prefetch import delivered
 from pipeline.reader import Place, ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch
 from pipeline.skips import Forgotten
 
-PREFETCHED_BATCHES = 2
 READ_AHEAD_BATCHES = 2
 
 
@@ -93,7 +92,7 @@ class Loader:
         self._order = Order(cursor.seed, plan or Plan.whole(index.shard_starts))
         self._ledger = ledger or Ledger()
         self._place = place or Place()
-        self._shards = self._place.shards(index.folder, index.shards, [s["size"] for s in index.manifest["shards"]])
+        self._shards = self._place.shards(index.folder, index.manifest["shards"])
         self._executor = make_executor(recipe, device)
         self._ahead = ReadAhead()
         self._forgotten = Forgotten.beside(index.folder, index.shards).id_array
@@ -151,13 +150,7 @@ class Loader:
 
     def __iter__(self) -> Generator[tuple[Batch, Cursor], None, None]:
         """Raises WorkFailed past the bad-sample budget."""
-        stream = prefetched(self._batches(), PREFETCHED_BATCHES, self.close)
-        try:
-            for batch, cursor, bad in stream:
-                self._ledger.count(len(batch.valid), bad)
-                yield batch, cursor
-        finally:
-            stream.close()
+        return delivered(self._batches(), self._ledger, self._ahead.close, self.close)
 
     def close(self) -> None:
         """Give back files, threads and the executor's memory."""
@@ -180,7 +173,7 @@ class Indexed:
         """Raises InputError, also for shards that are gone or have changed since they were indexed."""
         index = Index.open(path)
         place.check(index.folder, index.manifest["shards"])
-        weights = {**index.manifest.get("weights", {}), **weights}  # `merge` stores what it was told
+        weights = effective_weights(index, weights)
         uneven = {name: weight for name, weight in sorted(weights.items()) if weight != 1}
         chosen = {"weights": uneven, "skip": digest(skip_ids) if len(skip_ids) else ""}
         return cls(index, make_plan(index, weights, skip_ids), place, chosen)

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from pipeline.console import InputError, WorkFailed
 from pipeline.images import Undecodable, upright_rgb
 from pipeline.index import Index
 from pipeline.order import Order
-from pipeline.plan import Plan, find_sample
+from pipeline.plan import effective_weights, find_sample, make_plan, read_skip_lists
 from pipeline.reader import ShardReader
 from pipeline.replay import pixels
 from pipeline.sampling import KINDS, RECIPES, ViewKind, draw_captions, sample_vectors
 from pipeline.schema import IDENTITY, VECTOR, VECTOR_SIZE
+from pipeline.skips import Forgotten
 
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
 _CELL = 2.1  # inches
@@ -74,12 +75,17 @@ def _writable(out: Path, suffixes: set[str]) -> None:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What decides how views look: names and kinds of the views, their size in pixels, the run's seed."""
+    """What decides which samples come and how their views look.
+
+    Names and kinds of the views, their size in pixels; the run's seed, its weights of sources and its skip lists.
+    """
 
     names: tuple[str, ...]
     kinds: tuple[ViewKind, ...]
     size: int
     seed: int
+    weights: dict[str, float] = field(default_factory=dict)
+    skip: tuple[Path, ...] = ()
 
     @classmethod
     def of_recipe(cls, recipe: str, size: int, seed: int) -> "Drawing":
@@ -98,9 +104,22 @@ class Drawing:
             told: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value
                                            for key, value in data[name].items()} for name in names]
             kinds = tuple(ViewKind(**kind) for kind in told)
-            return cls(names, kinds, run["model"]["image"]["size"], run["run"]["seed"])
+            skip = tuple(map(Path, data.get("skip", ())))
+            return cls(names, kinds, run["model"]["image"]["size"], run["run"]["seed"], data.get("weights", {}), skip)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{config} is no config.toml of a run ({error!r}): give the one in the run's folder") from None
+
+
+def _first(index: Index, drawing: Drawing, samples: int) -> tuple[np.ndarray, ...]:
+    """Rows, epochs and repeats of the first samples that a run sees; what was taken down is not drawn."""
+    plan = make_plan(index, effective_weights(index, drawing.weights), read_skip_lists(drawing.skip))
+    order, gone, count = Order(drawing.seed, plan), Forgotten.beside(index.folder, index.shards).id_array, samples
+    while True:
+        places = order.places(0, min(count, len(plan)))
+        stays = ~np.isin(index.columns(places.rows)["sample_id"], gone)
+        if stays.sum() >= samples or count >= len(plan):
+            return tuple(column[stays][:samples] for column in places)
+        count *= 2
 
 
 def draw_views(index: Index, out: Path, drawing: Drawing, samples: int) -> int:
@@ -110,7 +129,7 @@ def draw_views(index: Index, out: Path, drawing: Drawing, samples: int) -> int:
     """
     _writable(out, {".png", ".pdf", ".svg"})
     views, size, seed = drawing.names, drawing.size, drawing.seed
-    rows, epochs, repeats = Order(seed, Plan.whole(index.shard_starts)).places(0, min(samples, len(index)))
+    rows, epochs, repeats = _first(index, drawing, samples)
     columns = index.columns(rows)
     sizes = np.stack([columns["width"], columns["height"]], axis=1)
     vectors = sample_vectors(seed, epochs, repeats, columns["sample_id"], sizes, drawing.kinds)

@@ -75,6 +75,11 @@ class Plan:
         return np.delete(np.arange(first, last), gone - first)
 
 
+def effective_weights(index: Index, weights: dict[str, float]) -> dict[str, float]:
+    """A run's weights of sources: what it says itself, and else what `merge` was told."""
+    return {**index.manifest.get("weights", {}), **weights}
+
+
 def make_plan(index: Index, weights: dict[str, float] | None = None, skip_ids: np.ndarray | None = None) -> Plan:
     """The plan of an index; sources that `weights` does not name weigh 1. Raises InputError.
 

@@ -3,17 +3,38 @@
 import atexit
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
+from pipeline.ledger import Ledger
+from pipeline.recipe import Cursor
+from pipeline.schema import Batch
+
 T = TypeVar("T")
+PREFETCHED_BATCHES = 2
+ENDING = 10.0  # seconds that the thread has to finish what it executes
 
 
-def prefetched(items: Iterator[T], depth: int, close: Callable[[], None]) -> Generator[T, None, None]:
-    """Yield endless `items` made by a thread, at most `depth` of them waiting; `close` runs when the consumer stops.
+def delivered(batches: Iterator[tuple[Batch, Cursor, list[dict]]], ledger: Ledger, wake: Callable[[], None],
+              close: Callable[[], None]) -> Generator[tuple[Batch, Cursor], None, None]:
+    """(Batch, Cursor) made ahead on a thread; the bad samples of each are counted as it leaves. Raises WorkFailed."""
+    stream = prefetched(batches, PREFETCHED_BATCHES, wake, close)
+    try:
+        for batch, cursor, bad in stream:
+            ledger.count(len(batch.valid), bad)
+            yield batch, cursor
+    finally:
+        stream.close()
 
-    An exception of the thread is raised to the consumer. At the end of the process the thread is stopped too: DALI aborts
-    when the interpreter goes away under a running pipeline.
+
+def prefetched(items: Iterator[T], depth: int, wake: Callable[[], None], close: Callable[[], None]
+               ) -> Generator[T, None, None]:
+    """Yield endless `items` made by a thread, at most `depth` of them waiting.
+
+    When the consumer stops, `wake` ends what the thread waits for, and `close` runs after the thread. An exception of the
+    thread is raised to the consumer. At the end of the process the thread is stopped too: DALI aborts when the interpreter
+    goes away under a running pipeline. One that does not stop in ENDING seconds is left behind, unclosed.
     """
     ahead: queue.Queue = queue.Queue(depth)
     stop = threading.Event()
@@ -22,7 +43,11 @@ def prefetched(items: Iterator[T], depth: int, close: Callable[[], None]) -> Gen
 
     def end() -> None:
         stop.set()
+        wake()
+        deadline = time.monotonic() + ENDING
         while worker.is_alive():  # the worker may be waiting for room
+            if time.monotonic() > deadline:
+                return
             try:
                 ahead.get(timeout=0.05)
             except queue.Empty:

@@ -1,24 +1,25 @@
 """Bytes of tar members by offset: local tars or any fsspec URL with a bounded cache, read ahead, given up when stalled."""
 
-import hashlib
 import os
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
-from urllib.parse import quote
 
 from fsspec.core import url_to_fs
 
+from pipeline.cache import Cache, Copied
 from pipeline.console import InputError
 
 OPEN_SHARDS = 128
 T = TypeVar("T")
 READERS = 16  # reads at a time; a remote store answers many at once
+WAKE = 0.1  # seconds after which a waiting consumer sees that its reads were closed
 
 
 class Shards(Protocol):
@@ -86,85 +87,17 @@ class ShardReader:
             self._open.clear()
 
 
-@dataclass
-class Cache:
-    """Whole shards copied to a local folder by a thread; at most `limit` bytes of them."""
-
-    folder: Path
-    limit: int
-    fetch: Callable[[str, Path], None]
-    names: list[str]
-    sizes: list[int]
-    _wanted: list[int] = field(default_factory=list)
-    _wake: threading.Event = field(default_factory=threading.Event)
-    _closed: bool = False
-
-    def __post_init__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        threading.Thread(target=self._work, name="shard cache", daemon=True).start()
-
-    def path(self, shard: int) -> Path:
-        """Where the copy is, when there is one."""
-        return self.folder / quote(self.names[shard], safe="")
-
-    def want(self, shards: list[int]) -> None:
-        """Have these, the first ones first; the rest may leave."""
-        if shards != self._wanted:
-            self._wanted = shards
-            self._wake.set()
-
-    def _work(self) -> None:
-        while not self._closed:
-            self._wake.wait()
-            self._wake.clear()
-            wanted = self._wanted
-            for shard in wanted:
-                if self._closed or wanted is not self._wanted or not self._have(shard, wanted):
-                    break
-
-    def _have(self, shard: int, wanted: list[int]) -> bool:
-        """Copy a shard that is missing; False when there is no room left for it."""
-        target, keep = self.path(shard), {self.path(s).name for s in wanted}
-        if target.exists():
-            return True
-        held = sorted((f for f in self.folder.iterdir() if f.is_file()), key=lambda f: f.name in keep)
-        room = self.limit - sum(f.stat().st_size for f in held)
-        for file in held:
-            if room >= self.sizes[shard] or file.name in keep:
-                break
-            room += file.stat().st_size
-            file.unlink(missing_ok=True)
-        if room < self.sizes[shard]:
-            return False
-        temporary = self.folder / f".{os.getpid()}.part"
-        try:
-            self.fetch(self.names[shard], temporary)
-            if temporary.stat().st_size == self.sizes[shard]:
-                temporary.replace(target)
-        except OSError:
-            pass  # reads go to the URL, which says what is wrong
-        finally:
-            temporary.unlink(missing_ok=True)
-        return True
-
-    def close(self) -> None:
-        """Stop copying; what is there stays for the next run."""
-        self._closed = True
-        self._wake.set()
-
-
 class RemoteShards:
     """Tars under an fsspec URL: members by range, and from whole copies where a cache has them."""
 
-    def __init__(self, url: str, shards: list[str], sizes: list[int], cache: Path | None, cache_bytes: int):
+    def __init__(self, url: str, shards: list[Copied], cache: Path | None, cache_bytes: int):
         try:
             self._fs, self._root = url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise InputError(f"data.shards = {url!r}: {error}") from None
         self._shards = shards
-        folder = cache / hashlib.sha256(url.encode()).hexdigest()[:16] if cache else None
-        self._cache = Cache(folder, cache_bytes, self._fetch, shards, sizes) if folder else None
-        self._copies = ShardReader(folder, [quote(name, safe="") for name in shards]) if folder else None
+        self._cache = Cache(cache, cache_bytes, self._fetch, shards) if cache else None
+        self._copies = ShardReader(cache, [shard.copy for shard in shards]) if cache else None
 
     def _fetch(self, name: str, target: Path) -> None:
         self._fs.get_file(f"{self._root}/{name}", str(target))
@@ -174,9 +107,9 @@ class RemoteShards:
         if self._cache and self._copies and self._cache.path(shard).exists():
             try:
                 return self._copies.read(shard, offset, size)
-            except FileNotFoundError:
-                pass  # it left the cache just now
-        data = self._fs.cat_file(f"{self._root}/{self._shards[shard]}", start=offset, end=offset + size)
+            except OSError:
+                pass  # it left the cache just now, or its disk fails
+        data = self._fs.cat_file(f"{self._root}/{self._shards[shard].name}", start=offset, end=offset + size)
         return _whole(bytes(data), size)
 
     def expect(self, shards: Iterable[int]) -> None:
@@ -216,11 +149,12 @@ class Place:
                 found = "missing" if size is None else f"{size:,} bytes and was {expected:,}"
                 raise InputError(f"{path} is {found}: put it back, or run `uniclip-data index {folder}` again")
 
-    def shards(self, folder: Path, names: list[str], sizes: list[int]) -> Shards:
-        """A reader of these shards. Raises InputError for a URL that fsspec cannot open."""
+    def shards(self, folder: Path, shards: list[dict]) -> Shards:
+        """A reader of a manifest's shards. Raises InputError for a URL that fsspec cannot open."""
         if "://" in self.url:
-            return RemoteShards(self.url, names, sizes, self.cache, self.cache_bytes)
-        return ShardReader(Path(self.url) if self.url else folder, names)
+            told = [Copied(shard["name"], shard["size"], shard["sha256"]) for shard in shards]
+            return RemoteShards(self.url, told, self.cache, self.cache_bytes)
+        return ShardReader(Path(self.url) if self.url else folder, [shard["name"] for shard in shards])
 
 
 def _outcome(future: "Future[T]") -> T | Exception:
@@ -231,6 +165,10 @@ def _outcome(future: "Future[T]") -> T | Exception:
         return error.with_traceback(None)
 
 
+class Closed(Exception):
+    """Nobody waits for this read any more: its loader was closed."""
+
+
 class ReadAhead:
     """Runs reads on threads before their results are needed; the threads never keep a process from ending.
 
@@ -239,7 +177,7 @@ class ReadAhead:
 
     def __init__(self, threads: int = READERS):
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._threads = 0
+        self._threads, self._closed = 0, False
         self._more(threads)
 
     def _more(self, threads: int) -> None:
@@ -264,14 +202,22 @@ class ReadAhead:
         return futures
 
     def answers(self, futures: "list[Future[T]]", timeout: float) -> list[T | Exception]:
-        """Results in order; an exception where there is none, TimeoutError where none came in `timeout` seconds."""
-        _, late = wait(futures, timeout)
+        """Results in order; an exception where there is none, TimeoutError where none came in `timeout` seconds.
+
+        Raises Closed, when `close` comes first.
+        """
+        late, end = set(futures), time.monotonic() + timeout
+        while late and (left := end - time.monotonic()) > 0:
+            late = wait(late, min(left, WAKE)).not_done
+            if late and self._closed:
+                raise Closed("the loader was closed: make another to go on")
         if stuck := [future for future in late if not future.cancel()]:
             self._more(len(stuck))
         gone = TimeoutError(f"no answer in {timeout:g} s")
         return [gone if future in late else _outcome(future) for future in futures]
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Let the threads end, and whoever waits for an answer."""
+        self._closed = True
         for _ in range(self._threads):
             self._jobs.put(None)

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 from pipeline.images import upright_rgb
+from pipeline.sampling import BLUR_WINDOW
 from pipeline.schema import IDENTITY, MEAN, STD
-
-BLUR_WINDOW = 13  # three sigma of the largest default sigma on either side
 
 _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)

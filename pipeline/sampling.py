@@ -12,12 +12,18 @@ import numpy as np
 from pipeline.schema import IDENTITY, VECTOR_SIZE
 
 VIEW_STREAM, CAPTION_STREAM, SHARD_STREAM, ROW_STREAM, SUBSET_STREAM = range(5)
+BLUR_WINDOW = 13  # output pixels
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, then the largest central crop of legal aspect
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+
+# Name → least, most and what they are of. The blur's window holds three sigma on either side of its middle.
+VIEW_RANGES = {"area": (0.001, 1.0, "shares of the image"), "aspect": (0.01, 100.0, "width / height"),
+               "blur_sigma": (0.01, (BLUR_WINDOW - 1) / 6, f"sigmas that a window of {BLUR_WINDOW} pixels holds")}
+MAX_JITTER = (1.0, 1.0, 1.0, 0.5)  # of a factor; of a turn
 
 
 @dataclass(frozen=True)

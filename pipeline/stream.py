@@ -5,43 +5,40 @@ a shuffle of shards and a buffer, so this way in is not exactly resumable: a res
 """
 
 import hashlib
-import io
 import json
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import webdataset as wds
 from braceexpand import braceexpand
-from fsspec.core import url_to_fs
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from fsspec import get_filesystem_class
+from fsspec.utils import get_protocol
 
 from pipeline.console import InputError, say
 from pipeline.execution import execute, fit, valid_mask
 from pipeline.images import Undecodable
 from pipeline.ledger import Ledger
-from pipeline.loader import PREFETCHED_BATCHES, group_ids, slice_of, to_device
+from pipeline.loader import group_ids, slice_of, to_device
 from pipeline.plan import digest
-from pipeline.prefetch import prefetched
+from pipeline.prefetch import delivered
 from pipeline.reader import ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch, sample_id_of
 from pipeline.skips import forgotten
-from pipeline.tars import IMAGE_SUFFIXES, Group, Unusable, row_of
+from pipeline.tars import Unusable
+from pipeline.tarstream import Sample, parsed, raw_samples
 
 SHUFFLE_BUFFER = 4096  # encoded samples
 PARSED_AHEAD = 64
-READ_TIMEOUT = 600.0  # parsing only; what the network does is the file system's business
-
-Sample = dict[str, Any]  # a row of the index (tars.ROWS) with the image's bytes as "image"
+PARSE_TIMEOUT = 600.0  # seconds; nothing there waits for anybody
 
 
 def shard_urls(pattern: str) -> list[str]:
@@ -50,6 +47,10 @@ def shard_urls(pattern: str) -> list[str]:
     for url in urls:
         if url.startswith("pipe:"):
             raise InputError(f"data.stream: {url!r} would run a shell command; give files or fsspec URLs")
+        try:
+            get_filesystem_class(get_protocol(url))
+        except (ValueError, ImportError) as error:
+            raise InputError(f"data.stream: {url}: {error}") from None
         if "://" not in url and not Path(url).is_file():
             raise InputError(f"data.stream: {url} does not exist: write folder/{{000..009}}.tar with the shards' numbers")
     if not urls:
@@ -61,21 +62,23 @@ def shard_urls(pattern: str) -> list[str]:
 class Stream:
     """Tars that are read in turn; samples whose id is in `skip_ids` (ascending) are passed over.
 
-    `chosen` is what the configuration skips; forgotten.parquet beside local tars adds to `skip_ids` alone.
+    `chosen` is what the configuration skips; forgotten.parquet beside local tars adds to `skip_ids` alone. A tar that
+    gives nothing for `timeout` seconds is left for the next one.
     """
 
     urls: tuple[str, ...]
     skip_ids: np.ndarray
     chosen: dict[str, object]
+    timeout: float = 60.0
 
     @classmethod
-    def open(cls, pattern: str, skip_ids: np.ndarray) -> "Stream":
+    def open(cls, pattern: str, skip_ids: np.ndarray, timeout: float = 60.0) -> "Stream":
         """Raises InputError."""
         urls = tuple(shard_urls(pattern))
         folders = {Path(url).parent for url in urls if "://" not in url}
         gone = [np.fromiter(forgotten(folder), np.int64) for folder in folders]
         chosen: dict[str, object] = {"skip": digest(skip_ids) if len(skip_ids) else ""}
-        return cls(urls, np.unique(np.concatenate([skip_ids, *gone])), chosen)
+        return cls(urls, np.unique(np.concatenate([skip_ids, *gone])), chosen, timeout)
 
     @property
     def fingerprint(self) -> str:
@@ -87,50 +90,18 @@ class Stream:
 
     def captions(self) -> Iterator[str]:
         """Every caption, in one pass over all tars."""
-        for sample in raw_samples(self.urls, lambda _: None):
+        reads = ReadAhead(1)
+        for sample in raw_samples(self.urls, reads, self.timeout):
             try:
                 yield from parsed(sample)["captions"]
             except Unusable:
                 continue
+        reads.close()
 
     def loader(self, tokenizer: Callable[[list[str]], np.ndarray], recipe: Recipe, cursor: Cursor, batch_size: int,
                device: str = "cpu", rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> "StreamLoader":
         """Batches from a fresh pass on."""
         return StreamLoader(self, tokenizer, recipe, cursor, batch_size, device, rank, world, ledger)
-
-
-def _opened(urls: Iterable[str], fault: Callable[[dict], None]) -> Iterator[dict]:
-    """webdataset's {url, stream} for each tar that opens. Its own opener is not used: it hands URLs to a shell."""
-    for url in urls:
-        try:
-            system, path = url_to_fs(url)
-            file = system.open(path, "rb")
-        except (OSError, ValueError, ImportError) as error:
-            fault({"shard": url, "key": "", "reason": f"cannot be opened: {error}"})
-            continue
-        with file:
-            yield {"url": url, "stream": file}
-
-
-def raw_samples(urls: Iterable[str], fault: Callable[[dict], None]) -> Iterator[Sample]:
-    """webdataset samples: __key__, __url__ and the members' bytes. A torn tar is told to `fault` and left."""
-
-    def handler(error: Exception) -> bool:
-        fault({"shard": str(error.args[-1]), "key": "", "reason": f"torn tar: {error.args[0]}"})
-        return True
-
-    return group_by_keys(tar_file_expander(_opened(urls, fault), handler=handler), handler=handler)
-
-
-def parsed(sample: Sample) -> Sample:
-    """What the index would say of this sample, and its image's bytes. Raises Unusable."""
-    file, group = io.BytesIO(), Group(sample["__key__"])
-    for suffix, data in sample.items():
-        if not suffix.startswith("__"):
-            group.members[suffix] = (file.tell(), len(data))
-            file.write(data)
-    image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), b"")
-    return {**row_of(file, group), "image": image}
 
 
 class StreamLoader:
@@ -150,45 +121,58 @@ class StreamLoader:
         self._count = part.stop - part.start
         self._ledger = ledger or Ledger()
         self._executor = make_executor(recipe, device)
-        self._parsers = ReadAhead(min(recipe.threads or 4, 16))
+        self._reads, self._parsers = ReadAhead(1), ReadAhead(min(recipe.threads or 4, 16))
         if cursor.samples_seen:
             say("a stream is not exactly resumable: it begins a pass of its own, with views of its own")
 
     def _pass(self, number: int, fault: Callable[[dict], None]) -> Iterator[Sample]:
-        """This rank's samples of one pass over all tars, shuffled."""
+        """This rank's usable samples of one pass over all tars, shuffled."""
         urls = random.Random(f"{self._cursor.seed} {number}").sample(self._stream.urls, len(self._stream.urls))
+        raw = raw_samples(urls[self._rank :: self._world], self._reads, self._stream.timeout)
         shuffled = wds.shuffle(SHUFFLE_BUFFER, rng=random.Random(f"{self._cursor.seed} {number} {self._rank}"))
-        yield from shuffled(raw_samples(urls[self._rank :: self._world], fault))
+        yield from shuffled(self._usable(self._parsed(raw), fault))
 
-    def _parsed(self, raw: Iterator[Sample], fault: Callable[[dict], None]) -> Iterator[Sample]:
-        """Usable samples in order, parsed on threads."""
+    def _parsed(self, raw: Iterator[Sample]) -> Iterator[tuple[Sample, Sample | Exception]]:
+        """(raw sample, its row or why there is none) in order, parsed on threads."""
         waiting: deque[tuple[Sample, list[Future[Sample]]]] = deque()
         for sample in raw:
             waiting.append((sample, self._parsers.ask([partial(parsed, sample)])))
             if len(waiting) >= PARSED_AHEAD:
-                yield from self._usable(*waiting.popleft(), fault)
+                yield self._answer(*waiting.popleft())
         while waiting:
-            yield from self._usable(*waiting.popleft(), fault)
+            yield self._answer(*waiting.popleft())
 
-    def _usable(self, sample: Sample, future: list[Future[Sample]], fault: Callable[[dict], None]) -> Iterator[Sample]:
-        row, skip_ids = self._parsers.answers(future, READ_TIMEOUT)[0], self._stream.skip_ids
-        if isinstance(row, Exception):
-            fault({"shard": sample["__url__"], "key": sample["__key__"], "reason": str(row)})
-            return
-        at = int(np.searchsorted(skip_ids, row["sample_id"]))
-        if at == len(skip_ids) or skip_ids[at] != row["sample_id"]:
-            yield {**row, "url": sample["__url__"]}
+    def _answer(self, sample: Sample, future: list[Future[Sample]]) -> tuple[Sample, Sample | Exception]:
+        return sample, self._parsers.answers(future, PARSE_TIMEOUT)[0]
 
-    def _samples(self, fault: Callable[[dict], None]) -> Iterator[tuple[int, Sample]]:
+    def _usable(self, rows: Iterator[tuple[Sample, Sample | Exception]], fault: Callable[[dict], None]) -> Iterator[Sample]:
+        """What is left of the rows: of equal keys in a tar the first usable one, as in the index; nothing to be skipped."""
+        skip_ids, seen, tar = self._stream.skip_ids, set(), ""
+        for sample, row in rows:
+            url, key = sample["__url__"], sample["__key__"]
+            if url != tar:
+                seen, tar = set(), url
+            if key and key in seen:
+                row = Unusable("duplicate key")
+            if isinstance(row, Exception):
+                fault({"shard": url, "key": key, "reason": str(row)})
+                continue
+            seen.add(key)
+            at = int(np.searchsorted(skip_ids, row["sample_id"]))
+            if at == len(skip_ids) or skip_ids[at] != row["sample_id"]:
+                yield {**row, "url": url}
+
+    def _samples(self, faults: list[dict]) -> Iterator[tuple[int, Sample]]:
         """(pass, sample) without end. Raises InputError when a pass gives nothing."""
         number = self._cursor.samples_seen
         while True:
             empty = True
-            for sample in self._parsed(self._pass(number, fault), fault):
+            for sample in self._pass(number, faults.append):
                 empty = False
                 yield number % 2**32, sample
             if empty:
-                raise InputError(f"data.stream: no usable sample in {len(self._stream.urls)} tars")
+                last = ": {shard}: {reason}".format(**faults[-1]) if faults else ""
+                raise InputError(f"data.stream: no usable sample in {len(self._stream.urls)} tars{last}")
             number += 1
 
     def _batch(self, epochs: np.ndarray, samples: list[Sample], fault: Callable[[dict], None]) -> Batch:
@@ -207,7 +191,7 @@ class StreamLoader:
 
     def _batches(self) -> Iterator[tuple[Batch, Cursor, list[dict]]]:
         faults: list[dict] = []
-        samples, seen = self._samples(faults.append), self._cursor.samples_seen
+        samples, seen = self._samples(faults), self._cursor.samples_seen
         while True:
             chosen = [next(samples) for _ in range(self._count)]
             seen += self._batch_size
@@ -218,17 +202,15 @@ class StreamLoader:
 
     def __iter__(self) -> Generator[tuple[Batch, Cursor], None, None]:
         """Raises WorkFailed past the bad-sample budget."""
-        stream = prefetched(self._batches(), PREFETCHED_BATCHES, self.close)
-        try:
-            for batch, cursor, bad in stream:
-                self._ledger.count(len(batch.valid), bad)
-                yield batch, cursor
-        finally:
-            stream.close()
+        return delivered(self._batches(), self._ledger, self._wake, self.close)
+
+    def _wake(self) -> None:
+        self._reads.close()
+        self._parsers.close()
 
     def close(self) -> None:
         """Give back threads and the executor's memory."""
-        self._parsers.close()
+        self._wake()
         self._executor.close()
 
 

@@ -15,7 +15,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.replay import BLUR_WINDOW
+from pipeline.sampling import BLUR_WINDOW
 from pipeline.schema import MEAN, STD, VECTOR_SIZE
 
 

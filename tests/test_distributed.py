@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import FORKSERVER, World, share
 
-from pipeline.console import InputError
+from pipeline.console import InputError, WorkFailed
+from pipeline.ledger import Ledger
 from trainer.distributed import ALONE, Ranks, Step, chunks, forward_backward, parallel, process_group
 from trainer.losses import LOSSES
 from trainer.similarity import Similarity
@@ -187,6 +188,36 @@ def run_without_valid_groups(rank: int, world: int) -> str:
 
 def test_a_batch_without_a_valid_group_is_an_error_on_every_rank(worlds):
     assert worlds(2).run(run_without_valid_groups) == ["the loss of a batch without a valid group is undefined"] * 2
+
+
+def run_ledger(rank: int, world: int, path: Path, begin: int, batches: int) -> tuple[int, str, list]:
+    """Batches of 50; every fifth, later each, holds a sample that one rank finds bad → where and why it stopped, counts."""
+    ledger, counts = Ledger.resumed(path, 0.01, begin, Ranks(rank, world, 50).sum), []
+    for number in range(begin // 50, begin // 50 + batches):
+        mine = share(rank, world, 50)
+        met = number // 5 % world == rank and (number % 5 == 4 or number >= 20)
+        try:
+            ledger.count(mine.stop - mine.start, [{"samples": 50 * number + 50, "key": str(number)}] if met else [])
+        except WorkFailed as error:
+            return number, str(error), counts
+        counts.append((ledger.seen, ledger.bad))
+    return -1, "", counts
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bad_samples_are_counted_over_all_ranks_and_stop_them_together(worlds, world, tmp_path):
+    """The same counts and the same end on one rank, on several, and after a resume on several."""
+    (alone,) = worlds(1).run(run_ledger, tmp_path / "alone.jsonl", 0, 60)
+    ranks = worlds(world).run(run_ledger, tmp_path / "ranks.jsonl", 0, 60)
+    assert alone[2][19] == (1000, 4)
+    assert alone[0] == 32
+    assert alone[1].startswith("17 of 1650 samples could not be decoded")
+    assert ranks == [(alone[0], alone[1].replace("alone", "ranks"), alone[2])] * world
+    worlds(1).run(run_ledger, tmp_path / "parts.jsonl", 0, 15)
+    with (tmp_path / "parts.jsonl").open("a") as file:
+        file.write(json.dumps({"samples": 800, "key": "of a faster rank"}) + "\n")
+    resumed = worlds(world).run(run_ledger, tmp_path / "parts.jsonl", 750, 45)
+    assert [(number, counts) for number, _, counts in resumed] == [(alone[0], alone[2][15:])] * world
 
 
 def test_a_slice_larger_than_its_share_names_rank_and_batch():

@@ -1,13 +1,16 @@
 """Bytes by offset from disk or afar: equal, bounded in space and time, and never the end of a run."""
 
+import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import pytest
 from conftest import ROOT, encoded, picture
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline.cache import Cache, Copied
 from pipeline.console import InputError, WorkFailed
 from pipeline.index import Index
 from pipeline.indexing import build
@@ -54,8 +58,16 @@ def loader(index: Index, place: Place, ledger: Ledger | None = None, recipe: Rec
     return Loader(index, lambda c: np.zeros((len(c), 4), np.int64), recipe, cursor, batch, ledger=ledger, place=place)
 
 
-def sizes(index: Index) -> list[int]:
-    return [shard["size"] for shard in index.manifest["shards"]]
+def told(index: Index) -> list[Copied]:
+    return [Copied(shard["name"], shard["size"], shard["sha256"]) for shard in index.manifest["shards"]]
+
+
+def until(done: Callable[[], object], seconds: float = 10) -> bool:
+    """Whether something came true in time."""
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(done())
 
 
 def members(index: Index) -> list[tuple[int, int, int]]:
@@ -65,13 +77,11 @@ def members(index: Index) -> list[tuple[int, int, int]]:
 
 def test_remote_shards_are_the_local_ones(remote, tmp_path):
     local = ShardReader(remote.folder, remote.shards)
-    afar = RemoteShards("memory://bucket", remote.shards, sizes(remote), tmp_path / "cache", 10**9)
+    afar = RemoteShards("memory://bucket", told(remote), tmp_path / "cache", 10**9)
     for member in members(remote)[::7]:
         assert afar.read(*member) == local.read(*member)
     afar.expect([0, 1])
-    deadline = time.monotonic() + 10
-    while len(copies(tmp_path / "cache")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert until(lambda: len(copies(tmp_path / "cache")) == 2)
     MemoryFileSystem().store.pop("/bucket/" + remote.shards[0])
     try:
         for member in members(remote)[::7]:
@@ -86,8 +96,8 @@ def copies(cache: Path) -> list[Path]:
 
 
 def test_the_cache_stays_within_its_bound(remote, tmp_path):
-    bound = max(sizes(remote)) + 100
-    afar = RemoteShards("memory://bucket", remote.shards, sizes(remote), tmp_path / "cache", bound)
+    bound = max(shard.size for shard in told(remote)) + 100
+    afar = RemoteShards("memory://bucket", told(remote), tmp_path / "cache", bound)
     for wanted in ([0], [1], [0, 1], [1, 0]):
         afar.expect(wanted)
         time.sleep(0.2)
@@ -95,6 +105,124 @@ def test_the_cache_stays_within_its_bound(remote, tmp_path):
         assert sum(path.stat().st_size for path in held) <= bound
         assert len(held) == 1
     afar.close()
+
+
+def stored(folder: Path, *contents: bytes) -> list[Copied]:
+    """Shards of these bytes in `folder`, as an index tells them."""
+    folder.mkdir(exist_ok=True)
+    for number, data in enumerate(contents):
+        (folder / f"{number}.tar").write_bytes(data)
+    return [Copied(f"{n}.tar", len(data), hashlib.sha256(data).hexdigest()) for n, data in enumerate(contents)]
+
+
+def afar(tmp_path: Path, shards: list[Copied], bound: int = 1000) -> RemoteShards:
+    """What is at file://source, with a cache."""
+    return RemoteShards(f"file://{tmp_path / 'source'}", shards, tmp_path / "cache", bound)
+
+
+def test_a_copy_is_of_the_content_that_the_index_knows(tmp_path):
+    """A shard made again under its old name is copied again; what is not the index's is no copy."""
+    for content in (b"first", b"second", b"third!"):
+        shards = stored(tmp_path / "source", content)
+        reader = afar(tmp_path, shards)
+        reader.expect([0])
+        assert until((tmp_path / "cache" / shards[0].copy).exists)
+        (tmp_path / "source" / "0.tar").unlink()
+        assert reader.read(0, 0, len(content)) == content
+        reader.close()
+    assert len(copies(tmp_path / "cache")) == 3
+    shards = stored(tmp_path / "source", b"fourth")
+    (tmp_path / "source" / "0.tar").write_bytes(b"foirth")
+    reader = afar(tmp_path, shards)
+    reader.expect([0])
+    assert not until((tmp_path / "cache" / shards[0].copy).exists, 0.3)
+    assert reader.read(0, 0, 6) == b"foirth"  # by range: the image, not the copy, is what is judged
+    reader.close()
+
+
+def test_a_copy_cut_short_is_read_from_afar_and_copied_again(tmp_path):
+    shards = stored(tmp_path / "source", b"0123456789")
+    reader = afar(tmp_path, shards)
+    copy = tmp_path / "cache" / shards[0].copy
+    copy.write_bytes(b"0123")
+    assert reader.read(0, 5, 3) == b"567"
+    reader.expect([0])
+    assert until(lambda: copy.stat().st_size == 10)
+    reader.close()
+
+
+def test_a_failing_copy_ends_nothing(tmp_path):
+    """Whatever a file system raises; a file where the folder should be; a part that another process is writing, or left."""
+    shards, asked = stored(tmp_path / "source", b"one", b"two", b"three"), []
+
+    def fetch(name: str, target: Path) -> None:
+        asked.append(name)
+        if name == "0.tar":
+            raise RuntimeError("payload is not completed")
+        target.write_bytes((tmp_path / "source" / name).read_bytes())
+
+    cache = Cache(tmp_path / "cache", 100, fetch, shards)
+    mine, left = (cache.path(n).with_suffix(".part") for n in (1, 2))
+    mine.touch()
+    left.touch()
+    os.utime(left, (0, 0))
+    cache.want([0, 1, 2])
+    assert until(cache.path(2).exists)
+    assert (asked, mine.exists(), left.exists()) == (["0.tar", "2.tar"], True, False)
+    shutil.rmtree(tmp_path / "cache")  # by another process
+    cache.want([2])
+    assert until(cache.path(2).exists)
+    cache.close()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="data.cache = .*file cannot be made"):
+        Cache(tmp_path / "file", 100, fetch, shards)
+
+
+def test_a_full_disk_is_read_around(tmp_path):
+    """In a process whose files may not grow beyond a thousand bytes."""
+    shards = stored(tmp_path / "source", b"a" * 500, b"b" * 5000)
+    code = f"""
+import resource, sys
+sys.path.insert(0, "tests")
+from test_reader import *
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+shards = {[(s.name, s.size, s.sha256) for s in shards]}
+reader = afar(Path({str(tmp_path)!r}), [Copied(*shard) for shard in shards], 10**6)
+reader.expect([1, 0])
+print(until((Path({str(tmp_path)!r}) / "cache" / f"{{shards[0][2]}}.tar").exists))
+print(reader.read(1, 4990, 10), reader.read(0, 0, 3))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.stdout.split(), done.stderr) == (["True", str(b"b" * 10), str(b"aaa")], "")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [shards[0].copy]
+
+
+def test_two_processes_share_a_cache(tmp_path):
+    """Each wants its shards in an order of its own, with room for three of twelve: both read what is there, neither breaks."""
+    shards = stored(tmp_path / "source", *(bytes([n]) * 1000 for n in range(12)))
+    code = f"""
+import random, sys
+sys.path.insert(0, "tests")
+from test_reader import *
+shards = {[(s.name, s.size, s.sha256) for s in shards]}
+reader = afar(Path({str(tmp_path)!r}), [Copied(*shard) for shard in shards], 3500)
+order = random.Random(int(sys.argv[1]))
+for _ in range(300):
+    wanted = order.sample(range(12), 3)
+    reader.expect(wanted)
+    time.sleep(0.002)
+    for shard in wanted:
+        assert reader.read(shard, 500, 100) == bytes([shard]) * 100
+print([t.name for t in threading.enumerate() if t.name == "shard cache"])
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code, str(n)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             cwd=ROOT) for n in range(2)]
+    for process in both:
+        out, error = process.communicate(timeout=120)
+        assert (out.strip(), error) == ("['shard cache']", "")
+    left = list((tmp_path / "cache").iterdir())
+    assert sum(path.stat().st_size for path in left) <= 3500 + 1000  # each may overlook the copy that the other makes
+    assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.stem for path in left if path.suffix == ".tar")
 
 
 def test_training_reads_from_afar(remote, tmp_path):

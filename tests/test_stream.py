@@ -1,17 +1,25 @@
 """Tars without an index give the samples, captions, vectors and bytes that the index gives, and refuse what it refuses."""
 
 import hashlib
+import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import command
+from conftest import ROOT, command, encoded, picture
 from fsspec.implementations.memory import MemoryFileSystem
+from webserver import serving
 
 from pipeline import loader, stream
 from pipeline.console import InputError, WorkFailed
@@ -23,6 +31,7 @@ from pipeline.reader import Place
 from pipeline.recipe import Cursor, Recipe
 from pipeline.sampling import STRONG, WEAK
 from pipeline.stream import Stream, shard_urls
+from pipeline.tars import scan
 
 RECIPE = Recipe((WEAK, STRONG), 16, "pillow", 1)
 NONE = np.empty(0, np.int64)
@@ -112,6 +121,7 @@ def test_skipped_ids_do_not_come(folder, pattern, monkeypatch):
     ("pipe:curl http://x/{0..9}.tar", "would run a shell command"),
     ("nowhere/{000..009}.tar", "nowhere/000.tar does not exist"),
     (" ", "names no tar"),
+    ("nosuch://bucket/0.tar", "nosuch://bucket/0.tar: Protocol not known"),
 ])
 def test_what_is_no_tar_is_refused(pattern, message):
     with pytest.raises(InputError, match=message):
@@ -144,7 +154,7 @@ def test_faults_are_lines_in_the_ledger_and_the_rest_trains(folder, tmp_path):
     assert len(set(seen.tolist())) == left
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert len({line["key"] for line in lines if line["reason"] == "not an image"}) == 6
-    assert any(line["reason"].startswith("torn tar") for line in lines)
+    assert any(line["reason"] == "truncated tar" for line in lines)
 
 
 def test_a_vanished_tar_is_a_line_and_the_budget_holds(folder, tmp_path):
@@ -159,6 +169,110 @@ def test_a_vanished_tar_is_a_line_and_the_budget_holds(folder, tmp_path):
         Path(url).write_bytes(b"")
     with pytest.raises(InputError, match="no usable sample in 2 tars"):
         next(iter(start(data, 8, ledger=Ledger(None, 1.0))))
+
+
+def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def seen_by_both(path: Path) -> tuple[list[tuple], list[tuple]]:
+    """What a stream and an index make of a tar: usable (key, caption, id) and unusable (key, reason)."""
+    streaming, faults = start(Stream.open(str(path), NONE), 1), []
+    streamed = [(row["key"], *row["captions"], row["sample_id"]) for row in streaming._pass(0, faults.append)]
+    streaming.close()
+    assert {line["shard"] for line in faults} <= {str(path)}
+    shard = scan(path)
+    indexed = [(row["key"], *row["captions"], row["sample_id"]) for row in shard.rows.to_pylist()]
+    return ([*sorted(streamed), *sorted((line["key"], line["reason"]) for line in faults)],
+            [*sorted(indexed), *sorted(shard.unusable)])
+
+
+PICTURES = [encoded(picture(n, 24, 18)) for n in range(3)]
+
+
+def test_a_tar_cut_anywhere_gives_what_its_index_gives(tmp_path):
+    names = [("0.jpg", PICTURES[0]), ("0.txt", b"a"), ("1.txt", b"b"), ("1.jpg", PICTURES[1]), ("1.json", b"{}")]
+    data, half = write(tmp_path / "whole.tar", names).read_bytes(), tmp_path / "half.tar"
+    verdicts = set()
+    for cut in range(0, 8192, 256):
+        half.write_bytes(data[:cut])
+        streamed, indexed = seen_by_both(half)
+        assert streamed == indexed, f"cut at {cut}"
+        verdicts.add(tuple(found[-1] if len(found) == 2 else "sample" for found in indexed))
+    half.write_bytes(data[:2048] + b"no header" + data[2057:])
+    streamed, indexed = seen_by_both(half)
+    assert streamed == indexed
+    assert verdicts >= {("not a tar",), ("truncated tar",), ("sample", "truncated tar"), ("sample", "sample")}
+
+
+@pytest.mark.parametrize("order", ["0a 0b 1a 0a 0b", "0a 1a 1b 0a 0b", "0a 0a 0b", "0a 0b 0a 0b", "0b 0A 0a", "0b 1b"])
+def test_equal_keys_are_taken_as_in_the_index(order, tmp_path):
+    """a: an image, b: a text; capitals are another name with the same suffix."""
+    names = {"a": "jpg", "A": "JPG", "b": "txt"}
+    members = [(f"{word[0]}.{names[word[1]]}", PICTURES[n % 3] if word[1] in "aA" else f"text {n}".encode())
+               for n, word in enumerate(order.split())]
+    streamed, indexed = seen_by_both(write(tmp_path / "0.tar", members))
+    assert streamed == indexed
+
+
+def stalling(data: bytes, sent: int, forever: threading.Event) -> Callable[[BaseHTTPRequestHandler], None]:
+    """An answer that stops in mid-body."""
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)  # and no length: its client takes what comes, as it comes
+        handler.end_headers()
+        handler.wfile.write(data[:sent])
+        handler.wfile.flush()
+        forever.wait(60)
+
+    return answer
+
+
+def test_a_stalled_tar_is_a_line_and_the_others_go_on(folder, tmp_path):
+    index, forever = Index.open(folder), threading.Event()
+    first, second = ((folder / name).read_bytes() for name in index.shards)
+    with serving() as site:
+        site.pages |= {"/0.tar": first, "/1.tar": stalling(second, len(second) // 2, forever),
+                       "/2.tar": stalling(second, 0, forever), "/3.tar": lambda handler: handler.connection.close()}
+        data = Stream.open(site.url("/{0..3}.tar"), NONE, timeout=0.5)
+        iterator = iter(start(data, 20, ledger=Ledger(tmp_path / "bad.jsonl", 0.2)))
+        seen = torch.cat([batch.sample_id for batch, _ in islice(iterator, 10)]).tolist()
+        iterator.close()
+        forever.set()
+    ids = index.columns(np.arange(len(index)))["sample_id"].tolist()
+    assert set(ids[:60]) < set(seen) < set(ids), "not the first tar and half of the second"
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    why = {(line["shard"][-5:], line["reason"]) for line in lines}
+    assert {("1.tar", "stalled: no answer in 0.5 s"), ("2.tar", "stalled: no answer in 0.5 s")} <= why
+    assert any(tar == "3.tar" and reason.startswith("cannot be") for tar, reason in why)
+
+
+def test_a_process_ends_while_a_read_stalls(folder):
+    data, forever = (folder / "000.tar").read_bytes(), threading.Event()
+    with serving() as site:
+        site.pages["/0.tar"] = stalling(data, len(data) // 3, forever)
+        code = f"""
+import contextlib, sys, time
+sys.path.insert(0, "tests")
+from test_stream import *
+from pipeline.reader import Closed
+stream = iter(start(Stream.open({site.url("/0.tar")!r}, NONE, timeout=600), 10))
+def wait():
+    with contextlib.suppress(Closed):
+        next(stream)
+threading.Thread(target=wait, daemon=True).start()
+time.sleep(1)
+print(time.time(), flush=True)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+        ended = time.time()
+        forever.set()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ended - float(done.stdout) < 5
 
 
 def test_a_run_trains_from_a_stream_and_says_that_it_resumes_inexactly(folder, pattern, tmp_path):
