@@ -58,10 +58,18 @@ class Carried:
 
     def of(self, sample_id: np.ndarray) -> np.ndarray:
         """−1 for samples that nobody has grouped."""
-        if not len(self.sample_id):
-            return np.full(len(sample_id), -1)
-        at = np.minimum(np.searchsorted(self.sample_id, sample_id), len(self.sample_id) - 1)
-        return np.where(self.sample_id[at] == sample_id, self.group[at], -1)
+        found, at = _among(sample_id, self.sample_id)
+        group = np.full(len(sample_id), -1)
+        group[found] = self.group[at[found]]
+        return group
+
+
+def _among(values: np.ndarray, ascending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each value is in `ascending`, and where."""
+    at = np.searchsorted(ascending, values)
+    found = at < len(ascending)
+    found[found] = ascending[at[found]] == values[found]
+    return found, at
 
 
 def carried(parts: Sequence[Grouped], sample_id: np.ndarray) -> Carried:
@@ -69,12 +77,13 @@ def carried(parts: Sequence[Grouped], sample_id: np.ndarray) -> Carried:
     known = np.unique(sample_id)
     ids, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for number, part in enumerate(parts):
-        mine = (part.group >= 0) & np.isin(part.sample_id, known)
+        mine = np.flatnonzero(part.group >= 0)
+        mine = mine[_among(part.sample_id[mine], known)[0]]
         ids.append(part.sample_id[mine])
         labels.append(np.unique(part.group[mine], return_inverse=True)[1] * len(parts) + number)
     found, row = np.unique(np.concatenate(ids), return_inverse=True)
     group = named(row[chained(np.concatenate(labels))], found) if len(found) else found
-    left = [part.left + int((~np.isin(known, part.sample_id)).sum()) for part in parts if part.left is not None]
+    left = [part.left + len(known) - int(_among(part.sample_id, known)[0].sum()) for part in parts if part.left is not None]
     told = {"groups": len(np.unique(group[group >= 0])), "rows": int((group >= 0).sum()),
             "largest": int(np.unique(group[group >= 0], return_counts=True)[1].max(initial=0)),
             "uncompared": min(len(known), *left)} if left else {}

@@ -91,6 +91,8 @@ def _load(folder: Path, name: str, forgotten: Forgotten) -> Scanned | None:
     ids = table["sample_id"].to_numpy()
     gone = forgotten.mask(table)
     lost = [one for one in (Known(*known) for known in told["lost"]) if forgotten.names(one)]
+    if lost:  # two samples of one key cannot be told apart in the tar
+        gone |= np.isin(np.array(table["key"].to_pylist(), object), [one.key for one in lost])
     return Scanned(name, path, ids[~gone], gone, frozenset(table["source"].unique().to_pylist()),
                    [(key, reason) for key, reason in told["unusable"]], lost, told["size"], told["sha256"])
 

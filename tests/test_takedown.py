@@ -281,6 +281,20 @@ def test_a_mirror_of_other_names_is_rewritten_too(tmp_path):
     assert build(tmp_path / "mirror", 1)["counts"] == {"samples": 1, "merged": 0, "excluded": {}}
 
 
+def test_samples_that_share_a_key_go_together(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for key, number in (("a", 0), ("a", 1), ("b", 2)):
+            for suffix, data in (("jpg", PICTURES[number]), ("json", json.dumps(told(str(number))).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    build(tmp_path, 1)
+    done = forget(tmp_path, parse(["http://h/1"]), rewrite=True)
+    assert (done.indexed, done.removed) == (1, 1)
+    assert PICTURES[1] not in (tmp_path / "x.tar").read_bytes()
+    assert images_of(tmp_path) == {id_of("2"): PICTURES[2]}
+
+
 def test_killed_anywhere_the_same_takedown_goes_on(tmp_path):
     samples = [(PICTURES[n % 8], told(str(n))) for n in range(40)]
     write_set(tmp_path / "a", samples, per_tar=4)
