@@ -110,7 +110,7 @@ class Drawing:
             raise InputError(f"{config} is no config.toml of a run ({error!r}): give the one in the run's folder") from None
 
 
-def _first(index: Index, drawing: Drawing, samples: int) -> tuple[np.ndarray, ...]:
+def first_samples(index: Index, drawing: Drawing, samples: int) -> tuple[np.ndarray, ...]:
     """Rows, epochs and repeats of the first samples that a run sees; what was taken down is not drawn."""
     plan = make_plan(index, effective_weights(index, drawing.weights), read_skip_lists(drawing.skip))
     order, gone, count = Order(drawing.seed, plan), Forgotten.beside(index.folder, index.shards).id_array, samples
@@ -129,7 +129,7 @@ def draw_views(index: Index, out: Path, drawing: Drawing, samples: int) -> int:
     """
     _writable(out, {".png", ".pdf", ".svg"})
     views, size, seed = drawing.names, drawing.size, drawing.seed
-    rows, epochs, repeats = _first(index, drawing, samples)
+    rows, epochs, repeats = first_samples(index, drawing, samples)
     columns = index.columns(rows)
     sizes = np.stack([columns["width"], columns["height"]], axis=1)
     vectors = sample_vectors(seed, epochs, repeats, columns["sample_id"], sizes, drawing.kinds)

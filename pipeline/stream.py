@@ -10,8 +10,9 @@ import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from pipeline.reader import ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch, sample_id_of
-from pipeline.skips import forgotten
+from pipeline.skips import Forgotten
 from pipeline.tars import Unusable
 from pipeline.tarstream import Sample, parsed, raw_samples
 
@@ -60,25 +61,26 @@ def shard_urls(pattern: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Stream:
-    """Tars that are read in turn; samples whose id is in `skip_ids` (ascending) are passed over.
+    """Tars that are read in turn; samples whose id is in `skip_ids` (ascending) are passed over, as are those `gone`.
 
-    `chosen` is what the configuration skips; forgotten.parquet beside local tars adds to `skip_ids` alone. A tar that
-    gives nothing for `timeout` seconds is left for the next one.
+    `chosen` tells the skip lists; gone: what forgotten.parquet beside local tars names. A tar that gives nothing for
+    `timeout` seconds is left for the next one.
     """
 
     urls: tuple[str, ...]
     skip_ids: np.ndarray
     chosen: dict[str, object]
     timeout: float = 60.0
+    gone: Forgotten = field(default_factory=Forgotten)
 
     @classmethod
     def open(cls, pattern: str, skip_ids: np.ndarray, timeout: float = 60.0) -> "Stream":
         """Raises InputError."""
         urls = tuple(shard_urls(pattern))
         folders = {Path(url).parent for url in urls if "://" not in url}
-        gone = [np.fromiter(forgotten(folder), np.int64) for folder in folders]
+        gone = reduce(or_, map(Forgotten.beside, sorted(folders)), Forgotten())
         chosen: dict[str, object] = {"skip": digest(skip_ids) if len(skip_ids) else ""}
-        return cls(urls, np.unique(np.concatenate([skip_ids, *gone])), chosen, timeout)
+        return cls(urls, skip_ids, chosen, timeout, gone)
 
     @property
     def fingerprint(self) -> str:
@@ -88,14 +90,22 @@ class Stream:
     def __str__(self) -> str:
         return f"{len(self.urls):,} tars without an index (not exactly resumable)"
 
+    def wants(self, row: Sample) -> bool:
+        """Whether a parsed sample is neither skipped nor taken down."""
+        at = int(np.searchsorted(self.skip_ids, row["sample_id"]))
+        skipped = at < len(self.skip_ids) and self.skip_ids[at] == row["sample_id"]
+        return not skipped and not self.gone.names(row["known"])
+
     def captions(self) -> Iterator[str]:
         """Every caption, in one pass over all tars."""
         reads = ReadAhead(1)
         for sample in raw_samples(self.urls, reads, self.timeout):
             try:
-                yield from parsed(sample)["captions"]
+                row = parsed(sample)
             except Unusable:
                 continue
+            if self.wants(row):
+                yield from row["captions"]
         reads.close()
 
     def loader(self, tokenizer: Callable[[list[str]], np.ndarray], recipe: Recipe, cursor: Cursor, batch_size: int,
@@ -146,8 +156,8 @@ class StreamLoader:
         return sample, self._parsers.answers(future, PARSE_TIMEOUT)[0]
 
     def _usable(self, rows: Iterator[tuple[Sample, Sample | Exception]], fault: Callable[[dict], None]) -> Iterator[Sample]:
-        """What is left of the rows: of equal keys in a tar the first usable one, as in the index; nothing to be skipped."""
-        skip_ids, seen, tar = self._stream.skip_ids, set(), ""
+        """The rows that are wanted; of equal keys in a tar the first usable one, as in the index."""
+        seen, tar = set(), ""
         for sample, row in rows:
             url, key = sample["__url__"], sample["__key__"]
             if url != tar:
@@ -158,8 +168,7 @@ class StreamLoader:
                 fault({"shard": url, "key": key, "reason": str(row)})
                 continue
             seen.add(key)
-            at = int(np.searchsorted(skip_ids, row["sample_id"]))
-            if at == len(skip_ids) or skip_ids[at] != row["sample_id"]:
+            if self._stream.wants(row):
                 yield {**row, "url": url}
 
     def _samples(self, faults: list[dict]) -> Iterator[tuple[int, Sample]]:

@@ -11,12 +11,12 @@ from fsspec.core import url_to_fs
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from pipeline.reader import Closed, ReadAhead
-from pipeline.tars import IMAGE_SUFFIXES, Group, row_of
+from pipeline.tars import IMAGE_SUFFIXES, Group, known_by, row_of
 
 READ_BYTES = 2**20
 
 T = TypeVar("T")
-Sample = dict[str, Any]  # a row of the index (tars.ROWS) with the image's bytes as "image"
+Sample = dict[str, Any]  # a row of the index (tars.ROWS) with "image", its bytes, and "known"
 
 
 class _Blocks:
@@ -125,11 +125,11 @@ def raw_samples(urls: Iterable[str], ahead: ReadAhead, timeout: float) -> Iterat
 
 
 def parsed(sample: Sample) -> Sample:
-    """What the index would say of this sample, and its image's bytes. Raises Unusable."""
+    """What the index would say of this sample, its image's bytes, and what a takedown may know it by. Raises Unusable."""
     file, group = io.BytesIO(), Group(sample["__key__"], broken=sample.get("__broken__", ""))
     for suffix, data in sample.items():
         if not suffix.startswith("__"):
             group.members[suffix] = (file.tell(), len(data))
             file.write(data)
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), b"")
-    return {**row_of(file, group), "image": image}
+    return {**row_of(file, group), "image": image, "known": known_by(file, group)}

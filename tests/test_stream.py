@@ -117,6 +117,20 @@ def test_skipped_ids_do_not_come(folder, pattern, monkeypatch):
     assert not seen & set(gone.tolist())
 
 
+def test_what_was_taken_down_does_not_come(folder, tmp_path, monkeypatch):
+    """By id, and by the sha256 of the stored image."""
+    shutil.copytree(folder, tmp_path / "set")
+    index = Index.open(folder)
+    columns, ids = index.columns(np.arange(2)), []
+    with (folder / index.shards[0]).open("rb") as file:
+        file.seek(int(columns["offset"][1]))
+        ids = [str(columns["sample_id"][0]), hashlib.sha256(file.read(int(columns["size"][1]))).hexdigest()]
+    assert command("uniclip-data", "forget", tmp_path / "set", *ids).returncode == 0
+    seen = {sample[0] for sample in epoch(Stream.open(f"{tmp_path}/set/{{000..001}}.tar", NONE), 118, monkeypatch, batch=59)}
+    assert len(seen) == 118
+    assert not seen & set(columns["sample_id"].tolist())
+
+
 @pytest.mark.parametrize("pattern, message", [
     ("pipe:curl http://x/{0..9}.tar", "would run a shell command"),
     ("nowhere/{000..009}.tar", "nowhere/000.tar does not exist"),
