@@ -216,7 +216,7 @@ def download(urls: Path, out: Path | str, options: Options, command: str = "", m
             _bind(store, {"urls_sha256": sha256_of(urls), **options.binding()},
                   {"name": urls.name, "rows": table.metadata.num_rows})
             return _complete(table, urls, store, options, command, may_be_empty)
-        except (OSError, NotImplementedError) as error:
+        except OSError as error:
             raise WorkFailed(f"{out}: {error}: run the same command again to go on") from error
 
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,17 @@ import fsspec
 
 from pipeline.console import InputError
 from pipeline.files import write_json
+
+
+@contextmanager
+def _driving() -> Iterator[None]:
+    """Drivers raise what they like, some of it not even picklable: all of it becomes OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 class Store:
@@ -43,20 +55,25 @@ class Store:
         return Store(f"{self.url.rstrip('/')}/{name}")
 
     def exists(self, name: str) -> bool:
-        return (self.local / name).exists() if self.local else self._fs.exists(self._path(name))
+        if self.local:
+            return (self.local / name).exists()
+        with _driving():
+            return self._fs.exists(self._path(name))
 
     def names(self) -> set[str]:
         """What the folder holds; nothing where it is not there."""
         if self.local:
             return {path.name for path in self.local.iterdir()} if self.local.is_dir() else set()
         self._fs.invalidate_cache()
-        try:
+        with suppress(FileNotFoundError), _driving():
             return {entry.rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._root, detail=False)}
-        except FileNotFoundError:
-            return set()
+        return set()
 
     def read(self, name: str) -> bytes:
-        return (self.local / name).read_bytes() if self.local else self._fs.cat_file(self._path(name))
+        if self.local:
+            return (self.local / name).read_bytes()
+        with _driving():
+            return self._fs.cat_file(self._path(name))
 
     def read_json(self, name: str) -> Any:
         """Raises InputError for a file that is no JSON object."""
@@ -71,7 +88,8 @@ class Store:
     def write_json(self, name: str, value: Any) -> None:
         if self.local:
             write_json(self.local / name, value)
-        else:
+            return
+        with _driving():
             self._fs.pipe_file(self._path(name), json.dumps(value, indent=2, ensure_ascii=False).encode())
 
     def take(self, path: Path) -> None:
@@ -79,13 +97,14 @@ class Store:
         if self.local:
             path.replace(self.local / path.name)
             return
-        self._fs.put_file(str(path), self._path(path.name))
+        with _driving():
+            self._fs.put_file(str(path), self._path(path.name))
         path.unlink()
 
     def remove(self, name: str) -> None:
         """Nothing happens where it is not there."""
         if self.local:
             (self.local / name).unlink(missing_ok=True)
-        else:
-            with suppress(FileNotFoundError):
-                self._fs.rm_file(self._path(name))
+            return
+        with suppress(FileNotFoundError), _driving():
+            self._fs.rm_file(self._path(name))

@@ -119,8 +119,16 @@ def test_a_download_to_an_fsspec_url_works_and_resumes(plain, site):
     assert site.hits.total() == 20
     assert _tars(store) == digests(plain / "out")
     with pytest.raises(InputError, match="begun with image_size = 256, now it is 64"):
-        download(plain / "u.parquet", place, Options(**{**OPTIONS, "image_size": 64}))
+        download(plain / "u.parquet", place, Options(distributor="inline", **{**OPTIONS, "image_size": 64}))
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_whatever_a_driver_raises_is_one_line_with_the_place(plain, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    place = f"tar://set::{tmp_path}/a.tar"  # fsspec's driver for tars reads only, and raises ValueError
+    with pytest.raises(WorkFailed, match="a.tar: ValueError: Read-only filesystem"):
+        download(plain / "u.parquet", place, Options(distributor="inline", **OPTIONS))
 
 
 def test_webp_is_stored_when_asked_for(plain, tmp_path):
