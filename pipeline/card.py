@@ -11,6 +11,7 @@ from pipeline.files import replacing
 from pipeline.index import Index
 from pipeline.peek import picture_sheet
 from pipeline.stats import statistics
+from pipeline.survival import percent
 
 # What may be done with each published list and the images behind it. Notes to start from, not legal advice.
 LICENCES = {
@@ -30,6 +31,7 @@ def _escaped(text: str) -> str:
 
 _environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
 _environment.filters["md"] = _escaped
+_environment.globals["percent"] = percent
 _NAMES = {"side": "shorter side, pixels", "aspect": "longer / shorter side", "size": "image file, bytes",
           "captions": "captions of a sample", "words": "words of the longest caption",
           "characters": "characters of the longest caption"}

@@ -11,6 +11,7 @@ from pipeline.columns import gathered, languages_of, script_of
 from pipeline.download import SETTINGS
 from pipeline.index import Index
 from pipeline.retry import together
+from pipeline.survival import percent
 
 _SHARES = (0, 5, 25, 50, 75, 95, 100)
 _MEASURED = ("side", "aspect", "size", "captions", "words", "characters")
@@ -66,7 +67,7 @@ def lines(told: dict[str, Any]) -> list[str]:
     for source, report in told["survival"].items():
         outcomes = {"stored": report["stored"], **report["failed"]}
         found.append(f"survival of {source}: {report['stored']:,} of {report['rows']:,} URLs")
-        found += [f"{count:>12,}  {100 * count / report['rows']:5.1f}%  {what}" for what, count in outcomes.items()]
+        found += [f"{count:>12,}  {percent(count, report['rows']):>5}%  {what}" for what, count in outcomes.items()]
     shares = list(next(iter(told["spread"].values())))
     found.append(f"{'':12}" + "".join(f"{share:>10}" for share in shares))
     found += [f"{name:12}" + "".join(f"{value:>10,.6g}" for value in values.values())

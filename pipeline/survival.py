@@ -16,6 +16,12 @@ SUFFIXES = (".tar", ".parquet", "_stats.json")  # a shard's files, the last one 
 FORGOTTEN = "forgotten"  # the class of a URL that a takedown names: never asked for
 
 
+def percent(part: int, whole: int) -> str:
+    """With one decimal; a few are never shown as none, nor nearly all as all."""
+    share = 100 * part / whole
+    return "<0.1" if 0 < share < 0.05 else ">99.9" if 99.95 <= share < 100 else f"{share:.1f}"
+
+
 @dataclass(frozen=True)
 class Report:
     """rows = stored + sum(failed); `example` is one URL of each class of failure."""
@@ -28,7 +34,7 @@ class Report:
     def lines(self) -> list[str]:
         """The table for people: every outcome with its share of the rows."""
         outcomes = {"stored": self.stored, **self.failed}
-        return [f"{count:>12,}  {100 * count / self.rows:5.1f}%  {what}" for what, count in outcomes.items()]
+        return [f"{count:>12,}  {percent(count, self.rows):>5}%  {what}" for what, count in outcomes.items()]
 
 
 def shard_name(shard: int) -> str:

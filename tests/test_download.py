@@ -28,6 +28,7 @@ from pipeline.images import upright_rgb
 from pipeline.index import Index
 from pipeline.indexing import build
 from pipeline.schema import URLS, sample_id_of
+from pipeline.survival import Report
 
 HERE = ("127.0.0.1",)
 PLAIN = 30
@@ -343,3 +344,10 @@ def _wait_for(condition, seconds: float = 30):
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
     return found
+
+
+def test_a_few_are_never_shown_as_none_nor_nearly_all_as_all():
+    shown = Report(3000, 2999, {"http 404": 1}, {}).lines()
+    assert shown == ["       2,999  >99.9%  stored", "           1   <0.1%  http 404"]
+    assert Report(2000, 1999, {"dns": 1}, {}).lines() == ["       1,999  >99.9%  stored", "           1    0.1%  dns"]
+    assert Report(3, 3, {}, {}).lines() == ["           3  100.0%  stored"]
