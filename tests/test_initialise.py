@@ -98,6 +98,8 @@ def test_positions_are_fitted_and_heads_of_another_form_left(clip) -> None:
     assert "image_head" in lines[2]
     assert torch.equal(ours.image_head.state_dict()["out.weight"], fresh)
     texts = ["a dog", "a cat"]
+    start, _ = model("model.text.pooling=start")
+    assert "trained with pooling 'end'" in initialise(start, tokenizer, InitConfig(text=f"open_clip:{folder}/model.pt"))[0]
     tokens, full = torch.from_numpy(tokenizer(texts)), torch.from_numpy(CaptionTokenizer.clip(77)(texts))
     assert (ours.encode_text(tokens) - theirs.encode_text(full)).abs().max() < 1e-5
 
@@ -155,7 +157,8 @@ def train(scenes: Path, folder: Path, *overrides: str, ranks: int = 1) -> list[d
     """A run of three steps in processes of its own → its metrics."""
     words = ("run", "scenes-tiny", *(w for o in (
         f"data.index={scenes / 'train'}", f"run.folder={folder}", "data.executor=pillow", "optim.samples=48",
-        "optim.batch_size=16", "optim.warmup_samples=0", "run.save_every_samples=32", "run.log_every=1", "run.device=cpu", "run.keep=9",
+        "optim.batch_size=16", "optim.warmup_samples=0", "run.save_every_samples=32", "run.log_every=1", "run.device=cpu",
+        "run.keep=9",
         "model.image.depth=1", "model.text.depth=1", "model.dim=32", *overrides) for w in ("--set", o)))
     program = Path(sys.executable).parent / "uniclip-train"
     launcher = ("torchrun", "--standalone", "--nproc-per-node", str(ranks), "--no-python") if ranks > 1 else ()
@@ -178,7 +181,8 @@ def test_a_run_starts_from_one_of_ours_and_keeps_frozen_towers(scenes: Path, run
     exported = tmp_path / "exported"
     export(run, exported)
     start = (f"init.image={exported}", f"init.text={exported}", "init.freeze=[\"image\"]", "run.seed=5")
-    one, two = train(scenes, tmp_path / "one", *start), train(scenes, tmp_path / "two", *start, ranks=2)
+    one = train(scenes, tmp_path / "one", *start, "optim.average_samples=64")
+    two = train(scenes, tmp_path / "two", *start, ranks=2)
     first, last, source = weights(tmp_path / "one", 0), weights(tmp_path / "one"), weights(run)
     assert all(torch.equal(first[name], source[name]) for name in source), "all of it, similarity included"
     frozen = [name for name in source if name.startswith("image.")]
@@ -187,15 +191,19 @@ def test_a_run_starts_from_one_of_ours_and_keeps_frozen_towers(scenes: Path, run
     assert not torch.equal(last["image_head.out.weight"], source["image_head.out.weight"])
     assert [m["loss"] for m in two] == pytest.approx([m["loss"] for m in one], rel=1e-4)
     assert load(tmp_path / "one").tokenizer.to_json() == load(run).tokenizer.to_json()
+    export(tmp_path / "one", tmp_path / "averaged")
+    averaged = load_file(tmp_path / "averaged" / "model.safetensors")
+    assert averaged.keys() == last.keys()
+    assert not torch.equal(averaged["text.token.weight"], last["text.token.weight"])
+    assert "averaged over 64 samples" in (tmp_path / "averaged" / "README.md").read_text()
     said = (tmp_path / "two" / "said.txt").read_text()
     assert said.count("tensors taken (text, text_head, similarity)") == 1
 
 
 def test_resume_reads_no_other_weights_and_stays_frozen(scenes: Path, run: Path, tmp_path: Path) -> None:
-    source, folder = export_of(run, tmp_path), tmp_path / "resumed"
-    start = (f"init.image={source}", "init.freeze=[\"image\"]")
-    whole = train(scenes, tmp_path / "whole", *start)
-    train(scenes, folder, *start)
+    source, folder = tmp_path / "exported", tmp_path / "resumed"
+    export(run, source)
+    whole = train(scenes, folder, f"init.image={source}", "init.freeze=[\"image\"]")
     (folder / "checkpoints" / "latest").write_text("000000000032")
     source.rename(tmp_path / "gone")
     done = command("uniclip-train", "resume", folder)
@@ -203,11 +211,6 @@ def test_resume_reads_no_other_weights_and_stays_frozen(scenes: Path, run: Path,
     assert [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [
         m["loss"] for m in whole]
     assert torch.equal(weights(folder)["image.vit.cls_token"], weights(run)["image.vit.cls_token"])
-
-
-def export_of(run: Path, parent: Path) -> Path:
-    export(run, parent / "exported")
-    return parent / "exported"
 
 
 def test_frozen_random_weights_are_refused() -> None:

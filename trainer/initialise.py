@@ -3,6 +3,8 @@
 A tower is taken whole or not at all: the first name, shape or trait that differs is an error. A head is taken where it fits.
 """
 
+import math
+
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
@@ -62,14 +64,15 @@ def _image(model: UniCLIP, source: Pretrained, what: str) -> tuple[Weights, list
     if kernel is not None and kernel.shape[-2:] != patch.shape[-2:]:
         raise InputError(f"[init] {what}: its patches are {tuple(kernel.shape[-2:])}, ours {tuple(patch.shape[-2:])}: set "
                          "model.image.patch")
+    if positions is not None and math.isqrt(count := positions.numel() // positions.shape[-1] - 1) ** 2 != count:
+        raise InputError(f"[init] {what}: its {count + 1} positions are not a class token's and a square's")
     weights = {name: x for name, x in checkpoint_filter_fn(dict(source.image), vit).items() if not name.startswith("head.")}
     hint = ""
     if ("norm_pre.weight" in weights) != ("norm_pre.weight" in vit.state_dict()):
         hint = "; one has a norm before its first block and the other has not: timm's vit_*_clip_* have it"
     _same_shapes("image", weights, vit, what, hint)
     if positions is not None and positions.numel() != weights["pos_embed"].numel():
-        width = positions.shape[-1]
-        notes.append(f"positions resized from {positions.numel() // width} to {weights['pos_embed'].shape[1]}")
+        notes.append(f"positions resized from {positions.numel() // positions.shape[-1]} to {weights['pos_embed'].shape[1]}")
     if source.pixels != (MEAN, STD):
         notes.append(_fold(weights, *source.pixels))
     return {f"image.vit.{name}": x for name, x in weights.items()}, notes
@@ -88,8 +91,8 @@ def _text(model: UniCLIP, tokenizer: CaptionTokenizer, source: Pretrained, what:
         weights["position"] = positions[:context]
         notes.append(f"positions cut from {len(positions)} to {context}")
     _same_shapes("text", weights, model.text, what)
-    if what.startswith("open_clip:") and model.text.pooling == "start":
-        notes.append("trained for the end token under causal attention, model.text.pooling is \"start\"")
+    if source.pooling != model.text.pooling:
+        notes.append(f"trained with pooling {source.pooling!r} and its attention, model.text.pooling is {model.text.pooling!r}")
     return {f"text.{name}": x for name, x in weights.items()}, notes
 
 

@@ -30,13 +30,15 @@ class Pretrained:
     """Weights by tower and head.
 
     image: names that timm's ViTs load; text: those of TextEncoder; heads: those of UniCLIP. traits: tower → what shapes do not
-    tell, empty when unknown. pixels: mean and std of the images it was trained on. tokenizer: its file.
+    tell, empty when unknown. pooling: of the text tower. pixels: mean and std of the images it was trained on. tokenizer: its
+    file.
     """
 
     image: Weights = field(default_factory=dict)
     text: Weights = field(default_factory=dict)
     heads: Weights = field(default_factory=dict)
     traits: dict[str, Traits] = field(default_factory=dict)
+    pooling: str = "end"
     pixels: tuple[tuple[float, ...], tuple[float, ...]] = (MEAN, STD)
     tokenizer: str = ""
 
@@ -82,7 +84,7 @@ def _ours(path: str) -> Pretrained:
     image, text = _below("image.vit.", weights), _below("text.", weights)
     heads = {name: x for name, x in weights.items() if not name.startswith(("image.", "text."))}
     return Pretrained(image, text, heads, {"image": traits_of(loaded.model.image), "text": traits_of(loaded.model.text)},
-                      tokenizer=loaded.tokenizer.to_json())
+                      loaded.model.text.pooling, tokenizer=loaded.tokenizer.to_json())
 
 
 def _below(prefix: str, weights: Weights) -> Weights:
@@ -100,7 +102,7 @@ def _open_clip(what: str) -> Pretrained:
     arch, _, file = what.partition("@")
     if Path(what).is_file():
         weights: Any = load_state_dict(what, weights_only=True)
-        return _from_open_clip(weights, {}, (MEAN, STD))
+        return _from_open_clip(weights, {}, "end", (MEAN, STD))
     if Path(what).is_dir():
         model: Any = create_model(f"local-dir:{what}")
     elif file:
@@ -109,12 +111,16 @@ def _open_clip(what: str) -> Pretrained:
         model = create_model(what)
     else:
         raise InputError(f"[init] open_clip:{what}: no such file or folder; ARCHITECTURE@FILE and hf-hub:ORG/NAME are others")
-    text = [model.text] if hasattr(model, "text") else [model.transformer, model.ln_final]
+    custom = hasattr(model, "text")
+    text = [model.text] if custom else [model.transformer, model.ln_final]
+    pool, mask = (model.text.pool_type, model.text.attn_mask) if custom else (model.text_pool_type, model.attn_mask)
+    causal = mask is not None
+    pooling = "end" if causal and pool in ("argmax", "eos") else f"{pool}, {'' if causal else 'not '}causal"
     traits = {"image": traits_of(model.visual), "text": traits_of(*text)}
-    return _from_open_clip(model.state_dict(), traits, (tuple(model.visual.image_mean), tuple(model.visual.image_std)))
+    return _from_open_clip(model.state_dict(), traits, pooling, (tuple(model.visual.image_mean), tuple(model.visual.image_std)))
 
 
-def _from_open_clip(weights: Weights, traits: dict[str, Traits], pixels: tuple) -> Pretrained:
+def _from_open_clip(weights: Weights, traits: dict[str, Traits], pooling: str, pixels: tuple) -> Pretrained:
     """timm reads open_clip's image towers itself; the text tower and the projections get our names here."""
     image = {name: x for name, x in weights.items() if name.startswith("visual.")}
     texts = {name.removeprefix("text."): x for name, x in weights.items()
@@ -122,7 +128,7 @@ def _from_open_clip(weights: Weights, traits: dict[str, Traits], pixels: tuple) 
     heads = dict(_projection("image_head.layers.0", image.pop("visual.proj", None)))
     matrix = texts.pop("text_projection", None)
     heads |= _projection("text_head", matrix)
-    return Pretrained(image, {_text_name(name): x for name, x in texts.items()}, heads, traits, pixels,
+    return Pretrained(image, {_text_name(name): x for name, x in texts.items()}, heads, traits, pooling, pixels,
                       CaptionTokenizer.clip().to_json())
 
 
