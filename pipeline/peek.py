@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from pipeline.columns import COLUMNS, tables
+from pipeline.console import existing
 from pipeline.files import replacing
 from pipeline.images import Undecodable, upright_rgb
 from pipeline.index import Index
@@ -21,9 +22,10 @@ _environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoe
 
 
 def image_bytes(index: Index, row: int) -> bytes:
-    """The image of a row as it lies in its tar."""
+    """The image of a row as it lies in its tar. Raises InputError where the tar is gone."""
     at = {name: values[0] for name, values in index.columns(np.array([row])).items()}
-    with (index.folder / index.shards[at["shard"]]).open("rb") as file:
+    tar = existing(index.folder / index.shards[at["shard"]], "the index's shard", "bring it back, or index again")
+    with tar.open("rb") as file:
         file.seek(at["offset"])
         return file.read(at["size"])
 

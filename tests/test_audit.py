@@ -4,6 +4,7 @@ import html
 import json
 import random
 import re
+import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -215,3 +216,9 @@ def test_the_commands(folder, tmp_path):
         assert done.returncode == code, done.stderr
         assert says in done.stdout + done.stderr
     assert json.loads(command("uniclip-data", "stats", folder, "--json").stdout)["shards"] == 3
+    shutil.copytree(folder, tmp_path / "torn")
+    (tmp_path / "torn" / "00001.tar").unlink()
+    for name in ("card.md", "peek.html"):
+        done = command("uniclip-data", name.partition(".")[0], tmp_path / "torn", tmp_path / name)
+        assert (done.returncode, done.stderr) == (2, f"error: the index's shard {tmp_path}/torn/00001.tar does not exist: "
+                                                     "bring it back, or index again\n")
