@@ -22,9 +22,9 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, none when it is absent; a last line still being written is left out."""
+    """The steps in metrics.jsonl, none when it is absent; a last line still being written is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [metrics for metrics in map(json.loads, lines) if "loss" in metrics]  # the others are of evaluations
 
 
 def loss_curve(metrics: list[dict[str, Any]]) -> str:

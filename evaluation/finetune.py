@@ -25,7 +25,6 @@ from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
 from evaluation.catalogue import mean_per_class_is_main
-from evaluation.embed import IMAGE_BATCH
 from evaluation.evaluate import Bench, record
 from evaluation.outcomes import Ranks
 from evaluation.results import Row
@@ -37,6 +36,7 @@ from pipeline.evalsets import CLASSIFICATION, EvalSet, open_evalset, splits_of
 from pipeline.files import replacing
 from pipeline.images import upright_rgb
 from pipeline.schema import MEAN, STD
+from trainer.batches import IMAGE_BATCH
 from trainer.metrics import ranks_in
 
 STATE = "state.pt"

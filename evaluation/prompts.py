@@ -8,10 +8,10 @@ import json
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.console import InputError
-from pipeline.evalsets import EvalSet
+from pipeline.evalsets import EvalSet, rendered
+from trainer.metrics import ensembled
 
 OWN, OWN_OR_NAME = "set", "set, imagenet-7, imagenet-80 or name"
 
@@ -43,11 +43,6 @@ def described(name: str, templates: Sequence[str]) -> str:
     return f"{len(templates)} templates" + (" of the set" if name == OWN else f" ({name})")
 
 
-def rendered(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every prompt, class by class: C·P texts."""
-    return [template.replace("{c}", name) for name in classnames for template in templates]
-
-
 def prompts_sha256(classnames: Sequence[str], templates: Sequence[str]) -> str:
     """Hash of every prompt in order, so that other templates, names or another order of classes are told apart."""
     return hashlib.sha256(json.dumps(rendered(classnames, templates)).encode()).hexdigest()
@@ -55,9 +50,5 @@ def prompts_sha256(classnames: Sequence[str], templates: Sequence[str]) -> str:
 
 def class_embeddings(encode: Callable[[list[str]], Tensor], classnames: Sequence[str],
                      templates: Sequence[str]) -> Tensor:
-    """(C, D): each prompt normalised, averaged over the templates, normalised (CLIP's ensembling).
-
-    All prompts go through `encode` together: batches that stop at class borders are mostly empty.
-    """
-    z_CPD = encode(rendered(classnames, templates)).unflatten(0, (len(classnames), len(templates)))
-    return F.normalize(F.normalize(z_CPD, dim=-1).mean(dim=1), dim=-1)
+    """(C, D). All prompts go through `encode` together: batches that stop at class borders are mostly empty."""
+    return ensembled(encode(rendered(classnames, templates)), len(classnames))

@@ -31,7 +31,7 @@ class Subject:
     """A model ready to be measured. `home` is where its results go, `text_sha256` tells its texts' embeddings apart.
 
     view: encoded image → (3, S, S) float32; encode_image: (B, 3, S, S) → h (B, W), z (B, D); tokenize: texts →
-    (n, L) int64, and encode_text takes fewer columns when `trims`: nothing right of the end token changes z.
+    (n, L) int64, and encode_text takes fewer columns where there is a `padding`: nothing right of the end token changes z.
     """
 
     name: str
@@ -46,11 +46,6 @@ class Subject:
     tokenize: Callable[[list[str]], np.ndarray]
     padding: int | None
     model: torch.nn.Module
-
-    @property
-    def trims(self) -> bool:
-        """Whether texts may be encoded without their padding."""
-        return self.padding is not None
 
 
 def pick_device(name: str) -> str:

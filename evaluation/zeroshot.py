@@ -10,18 +10,14 @@ from evaluation.outcomes import Ranks, measured
 from evaluation.prompts import chosen, class_embeddings, described, prompts_sha256
 from evaluation.results import Measured
 from evaluation.task import Finding, Job, Plan
-from pipeline.console import InputError
-from pipeline.evalsets import CLASSNAMES, TEMPLATES, EvalSet
+from pipeline.evalsets import EvalSet, require_prompts
 from trainer.metrics import nearest, ranks
 
 
 def plan(evalset: EvalSet, folder: Path, templates: str) -> Plan:
     """Raises InputError when the set has no class names or prompts."""
     prompts = chosen(templates, evalset)
-    for found, name in ((evalset.classnames, CLASSNAMES), (prompts, TEMPLATES)):
-        if not found:
-            raise InputError(f"evaluation set {folder} has no {name}: "
-                             "zero-shot classification needs the names of the classes and prompts with {c}")
+    require_prompts(evalset, folder, prompts)
     return Plan(evalset.manifest_sha256, prompts_sha256(evalset.classnames, prompts), described(templates, prompts),
                 {"test": evalset}, prompts)
 

@@ -9,7 +9,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -81,6 +81,19 @@ def _open_table(folder: Path, table: Path, split: str) -> EvalSet:
     kind = CLASSIFICATION if table.name == tablesets.LABELS else RETRIEVAL
     return EvalSet(folder.name, kind, split, tablesets.classes(table), _templates(folder / TEMPLATES), (table,),
                    _manifest(folder, [table, *tablesets.images(table, split)]))
+
+
+def require_prompts(evalset: EvalSet, folder: Path, templates: Sequence[str]) -> None:
+    """Raise InputError where zero-shot classification would lack names of classes, or templates."""
+    for found, name in ((evalset.classnames, CLASSNAMES), (templates, TEMPLATES)):
+        if not found:
+            raise InputError(f"evaluation set {folder} has no {name}: "
+                             "zero-shot classification needs the names of the classes and prompts with {c}")
+
+
+def rendered(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every prompt, class by class: C·P texts."""
+    return [template.replace("{c}", name) for name in classnames for template in templates]
 
 
 def is_evalset(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from conftest import encoded, picture
 from tiny import tiny_run
 
 from evaluation import retrieval, zeroshot
-from evaluation.embed import IMAGE_BATCH, LENGTHS, TEXT_BATCH, embed_images, embed_texts, placed
+from evaluation.embed import embed_images, embed_texts, placed
 from evaluation.evaluate import Bench, evaluate
 from evaluation.prompts import class_embeddings, prompts_sha256
 from evaluation.statistics import bootstrap, wilson
@@ -23,6 +23,7 @@ from pipeline.console import InputError, WorkFailed
 from pipeline.evalsets import open_evalset, write_evalset
 from pipeline.index import Index
 from pipeline.replay import eval_view
+from trainer.batches import IMAGE_BATCH, LENGTHS, TEXT_BATCH
 from trainer.checkpoint import Loaded, load_model
 
 

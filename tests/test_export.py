@@ -14,10 +14,11 @@ from conftest import command, encoded, picture
 from PIL import Image
 from tiny import tiny_run
 
-from evaluation.embed import IMAGE_BATCH, embed_images, embed_texts
+from evaluation.embed import embed_images, embed_texts
 from evaluation.subject import checkpoint_subject
 from pipeline.console import InputError, WorkFailed
 from trainer import load, onnx_towers
+from trainer.batches import IMAGE_BATCH
 from trainer.export import CARD, DESCRIPTION, PREPROCESSOR, export, is_export
 from trainer.onnx_towers import every_length
 

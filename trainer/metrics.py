@@ -57,6 +57,11 @@ def retrieval_recalls(image_ND: Array, text_TD: Array, image_of_text_T: Array) -
     return {f"{direction}_recall@{k}": recall_at(rank_Q, k) for direction, rank_Q in ranked.items() for k in KS}
 
 
+def ensembled(z_TD: Tensor, classes: int) -> Tensor:
+    """(C, D) from the prompts of one class after another: each normalised, averaged, normalised (CLIP's ensembling)."""
+    return F.normalize(F.normalize(z_TD.unflatten(0, (classes, -1)), dim=-1).mean(dim=1), dim=-1)
+
+
 def mean_per_class(hit_N: np.ndarray, label_N: np.ndarray) -> float:
     """Mean over the classes of the share of hits in each; a class without images is left out."""
     labels, index_N = np.unique(np.asarray(label_N), return_inverse=True)
