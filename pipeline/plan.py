@@ -93,7 +93,7 @@ def make_plan(index: Index, weights: dict[str, float] | None = None, skip_ids: n
         if not 0 <= weight <= MAX_WEIGHT:
             raise InputError(f"data.weights: {name} = {weight} is not in 0 … {MAX_WEIGHT}")
     weight_C = np.array([(weights or {}).get(name, 1.0) for name in sources])
-    skipped = _NONE if skip_ids is None or not len(skip_ids) else _rows_of(index, skip_ids)
+    skipped = _NONE if skip_ids is None or not len(skip_ids) else rows_of(index, skip_ids)
     plan = Plan.whole(index.shard_starts)
     if not (weight_C == 1).all():
         plan = Plan(plan.shard_starts, skipped, weight_C, _count(index, skipped, len(sources)), _sources_of(index))
@@ -115,7 +115,7 @@ def _chunks(index: Index) -> list[np.ndarray]:
     return [np.arange(start, min(start + INDEX_BATCH_ROWS, len(index))) for start in range(0, len(index), INDEX_BATCH_ROWS)]
 
 
-def _rows_of(index: Index, sorted_ids: np.ndarray) -> np.ndarray:
+def rows_of(index: Index, sorted_ids: np.ndarray) -> np.ndarray:
     """Rows whose sample id is in `sorted_ids`, ascending."""
     found = []
     for rows in _chunks(index):
@@ -127,7 +127,7 @@ def _rows_of(index: Index, sorted_ids: np.ndarray) -> np.ndarray:
 
 def find_sample(index: Index, sample_id: int) -> int | None:
     """The row of a sample id."""
-    found = _rows_of(index, np.array([sample_id], np.int64))
+    found = rows_of(index, np.array([sample_id], np.int64))
     return int(found[0]) if len(found) else None
 
 

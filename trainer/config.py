@@ -260,6 +260,28 @@ class RunConfig(Section):
         return folder
 
 
+class EvalConfig(Section):
+    """Evaluation during training, every so many samples and at the end; 0 for never.
+
+    held_out: an index whose loss is measured, under the run's own recipe. sets: folders as `uniclip-eval` takes them, of
+    which `split` is used; samples: at most so many of each, evenly spaced, 0 for all. batch_size: images embedded at once;
+    texts are four times as many.
+    """
+
+    every_samples: int = Field(default=0, ge=0)
+    held_out: Here | None = None
+    sets: tuple[Here, ...] = ()
+    split: str = "test"
+    samples: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=64, gt=0)
+
+    @model_validator(mode="after")
+    def _something(self) -> "EvalConfig":
+        if self.every_samples and not (self.held_out or self.sets):
+            raise ValueError("every_samples asks for an evaluation of nothing: set eval.held_out or eval.sets too")
+        return self
+
+
 class Config(Section):
     """One run."""
 
@@ -268,6 +290,7 @@ class Config(Section):
     init: InitConfig = InitConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig
+    eval: EvalConfig = EvalConfig()
     run: RunConfig
 
     @property

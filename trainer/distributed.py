@@ -5,6 +5,7 @@ on this rank, V views, T texts, D embedding.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -191,12 +192,32 @@ def parallel(step: Step, ranks: Ranks, device: str, sharding: str = "none") -> n
         for block in step.model.get_submodule("image.vit.blocks"), step.model.get_submodule("text.blocks"):
             for layer in block.children():
                 fully_shard(layer, mesh=mesh)
+        fully_shard(step.model.get_submodule("similarity"), mesh=mesh)  # called beside the model's forward
         fully_shard(step.model, mesh=mesh)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes into it
         for method in ("encode_image", "encode_text", "image_features"):
             register_fsdp_forward_method(step.model, method)
         return step
     gpu = [torch.device(device)] if device.startswith("cuda") else None
     return DistributedDataParallel(step, gpu, broadcast_buffers=False, find_unused_parameters=gpu is None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Within, the model neither trains nor keeps gradients nor runs compiled; afterwards it is as it was.
+
+    What was put together of sharded weights is let go: they may have been exchanged for the while.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
 
 @contextmanager
