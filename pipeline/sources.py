@@ -6,6 +6,7 @@ scattered by row number, so that the order of the source comes back. Memory is o
 
 import difflib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -238,6 +239,8 @@ def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, Exi
         table = read(path, stack)
         if not any(table.names):
             raise InputError(f"{path} is empty")
+        if re.search("[\0\ud800-\udfff]", "".join(table.names)):  # undecodable bytes are read as surrogates
+            raise InputError(f"{path} is not UTF-8, perhaps UTF-16: save it as UTF-8")
 
         def refuse(line: int, reason: str) -> None:
             tally.refuse(line, reason)
