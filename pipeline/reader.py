@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from aiohttp import ClientTimeout
 from fsspec.core import url_to_fs
 
 from pipeline.cache import Cache, Copied
@@ -19,6 +20,7 @@ from pipeline.console import InputError
 OPEN_SHARDS = 128
 T = TypeVar("T")
 READERS = 16  # reads at a time; a remote store answers many at once
+HTTP_TIMEOUT = ClientTimeout(total=None, sock_read=300)  # a tar may take longer than the five minutes that are aiohttp's
 WAKE = 0.1  # seconds after which a waiting consumer sees that its reads were closed
 
 
@@ -87,12 +89,19 @@ class ShardReader:
             self._open.clear()
 
 
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path there. Raises ValueError, ImportError."""
+    if not url.startswith(("http://", "https://")):
+        return url_to_fs(url)
+    return url_to_fs(url, client_kwargs={"timeout": HTTP_TIMEOUT})
+
+
 class RemoteShards:
     """Tars under an fsspec URL: members by range, and from whole copies where a cache has them."""
 
     def __init__(self, url: str, shards: list[Copied], cache: Path | None, cache_bytes: int):
         try:
-            self._fs, self._root = url_to_fs(url)
+            self._fs, self._root = file_system(url)
         except (ValueError, ImportError) as error:
             raise InputError(f"data.shards = {url!r}: {error}") from None
         self._shards = shards

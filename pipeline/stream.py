@@ -39,6 +39,7 @@ from pipeline.tarstream import Sample, parsed, raw_samples
 
 SHUFFLE_BUFFER = 4096  # encoded samples
 PARSED_AHEAD = 64
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 PARSE_TIMEOUT = 600.0  # seconds; nothing there waits for anybody
 
 
@@ -48,6 +49,8 @@ def shard_urls(pattern: str) -> list[str]:
     for url in urls:
         if url.startswith("pipe:"):
             raise InputError(f"data.stream: {url!r} would run a shell command; give files or fsspec URLs")
+        if url.endswith(COMPRESSED):
+            raise InputError(f"data.stream: {url} is compressed: unpack it, images gain nothing from it")
         try:
             get_filesystem_class(get_protocol(url))
         except (ValueError, ImportError) as error:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
-from aiohttp import ClientTimeout
-from fsspec.core import url_to_fs
+from fsspec.implementations.http import HTTPFile
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
-from pipeline.reader import Closed, ReadAhead
+from pipeline.reader import Closed, ReadAhead, file_system
 from pipeline.tars import IMAGE_SUFFIXES, Group, known_by, row_of
 
 READ_BYTES = 2**20
@@ -87,7 +86,10 @@ class _Patient(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        data = answer(self._ahead, partial(self._file.read, len(buffer)), self._timeout)
+        try:
+            data = answer(self._ahead, partial(self._file.read, len(buffer)), self._timeout)
+        except (ValueError, OverflowError) as error:  # a file system's; tarfile's own say that the tar is torn
+            raise OSError(str(error)) from None
         buffer[: len(data)] = data
         return len(data)
 
@@ -102,9 +104,16 @@ def answer(ahead: ReadAhead, read: Callable[[], T], timeout: float) -> T:
 
 def _open(url: str) -> BinaryIO:
     """webdataset's own opener is not used: it hands URLs to a shell."""
-    endless = {"client_kwargs": {"timeout": ClientTimeout(total=None)}}  # aiohttp's own limit is five minutes a tar
-    system, path = url_to_fs(url, **(endless if url.startswith(("http://", "https://")) else {}))
-    return system.open(path, "rb")
+    system, path = file_system(url)
+    file: Any = system.open(path, "rb")
+    if isinstance(file, HTTPFile) and file.size > file.blocksize:
+        try:
+            file.seek(-1, io.SEEK_END)
+            file.read(1)
+            file.seek(0)
+        except ValueError:  # a server without ranges: one request for all of it
+            return system.open(path, "rb", block_size=0)
+    return file
 
 
 def raw_samples(urls: Iterable[str], ahead: ReadAhead, timeout: float) -> Iterator[Sample]:

@@ -134,6 +134,7 @@ def test_what_was_taken_down_does_not_come(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("pattern, message", [
     ("pipe:curl http://x/{0..9}.tar", "would run a shell command"),
     ("nowhere/{000..009}.tar", "nowhere/000.tar does not exist"),
+    ("http://host/{0..9}.tar.gz", "0.tar.gz is compressed: unpack it"),
     (" ", "names no tar"),
     ("nosuch://bucket/0.tar", "nosuch://bucket/0.tar: Protocol not known"),
 ])
@@ -232,6 +233,39 @@ def test_equal_keys_are_taken_as_in_the_index(order, tmp_path):
                for n, word in enumerate(order.split())]
     streamed, indexed = seen_by_both(write(tmp_path / "0.tar", members))
     assert streamed == indexed
+
+
+def with_ranges(data: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    """A server that gives ranges, and says so."""
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked = handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
+        first, last = int(asked[0]), min(int(asked[1] or len(data)), len(data) - 1)
+        handler.send_response(206 if "Range" in handler.headers else 200)
+        handler.send_header("Accept-Ranges", "bytes")
+        handler.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        handler.send_header("Content-Length", str(last + 1 - first))
+        handler.end_headers()
+        handler.wfile.write(data[first : last + 1])
+
+    return answer
+
+
+def test_servers_with_and_without_ranges_give_the_same(tmp_path):
+    """A tar of several of fsspec's blocks of 5 MiB; most of it is a member that nobody reads."""
+    members = [("0.jpg", PICTURES[0]), ("0.txt", b"a"), ("0.npy", bytes(12 * 2**20)), ("1.jpg", PICTURES[1]), ("1.txt", b"b")]
+    data = write(tmp_path / "0.tar", members).read_bytes()
+    with serving() as site:
+        site.pages |= {"/whole/0.tar": data, "/ranges/0.tar": with_ranges(data)}
+        urls = [str(tmp_path / "0.tar"), site.url("/whole/0.tar"), site.url("/ranges/0.tar")]
+        faults, found = [], []
+        for url in urls:
+            streaming = start(Stream.open(url, NONE), 1)
+            found.append(sorted((row["key"], row["image"]) for row in streaming._pass(0, faults.append)))
+            streaming.close()
+        assert site.hits["/ranges/0.tar"] >= 4
+    assert faults == []
+    assert len(found[0]) == 2
+    assert found[0] == found[1] == found[2]
 
 
 def stalling(data: bytes, sent: int, forever: threading.Event) -> Callable[[BaseHTTPRequestHandler], None]:
