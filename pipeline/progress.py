@@ -47,7 +47,7 @@ class Meter:
     def at(self, done: int, note: str = "") -> None:
         """Show that `done` of the total are finished."""
         self.done = done
-        note = f"{note} {self.rate:,.0f}/s".strip()
+        note = f"{note} {self.rate:,.{0 if self.rate >= 10 else 1}f}/s".strip()
         if self._bar:
             self._bar.update(self._task, completed=done, note=note)
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
