@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.console import command_line, on_this_machine, say
+from pipeline.console import on_this_machine, say
 
 IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", callback=on_this_machine, help="Folder of an index.")]
 SkipList = Annotated[Path, typer.Argument(metavar="OUT.parquet", callback=on_this_machine, help="The skip list to write.")]
@@ -117,13 +117,15 @@ def forget(
     from pipeline.takedown import parse, words_of
 
     words = [*(what or []), *(words_of(file) if file else [])]
-    done = run_forget(folder, parse(words), reason, rewrite, command_line())
+    done = run_forget(folder, parse(words), reason, rewrite)
     say(f"{done.named:>12,}  named: {done.indexed:,} samples left the index, {done.removed:,} were removed from tars; "
         f"{folder}/forgotten.parquet keeps them out")
     if done.unknown:
         say(f"{done.unknown:>12,}  sha256 that no file here has: they will keep out files of exactly these bytes")
     for place in done.untold:
         say(f"{place} is not here or cannot be written: run the same command on it where it can")
+    for place in done.emptied:
+        say(f"{place} has no sample left: its index is gone, merge without it")
 
 
 def card(

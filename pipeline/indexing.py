@@ -194,9 +194,8 @@ def build(folder: Path, workers: int | None = None, command: str = "") -> dict:
         excluded[FORGOTTEN] = gone
     if not sum(len(shard.sample_id) for shard in shards):
         remove(folder)
-        reason, count = excluded.most_common(1)[0] if excluded else ("no sample", 0)
-        raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars; {count:,} × {reason}, "
-                         f"see {folder / QUARANTINE_NAME}")
+        most = "".join(f"; {count:,} × {reason}, see {folder / QUARANTINE_NAME}" for reason, count in excluded.most_common(1))
+        raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars{most}")
     return assemble(folder, shards, dict(excluded.most_common()), command)
 
 

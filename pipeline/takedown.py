@@ -49,7 +49,8 @@ class Takedown:
 class Done:
     """How many were named, left the index, and were blanked in tars.
 
-    unknown: hashes that nothing here has; untold: folders that this index was merged from and whose lists cannot be written.
+    unknown: hashes that nothing here has; untold: folders that this index was merged from and whose lists cannot be written;
+    emptied: folders whose index has gone with its last sample.
     """
 
     named: int
@@ -57,6 +58,7 @@ class Done:
     removed: int
     unknown: int
     untold: tuple[Path, ...]
+    emptied: tuple[Path, ...]
 
 
 def words_of(path: Path) -> list[str]:
@@ -87,7 +89,7 @@ def parse(words: Iterable[str]) -> Takedown:
     return Takedown(frozenset(urls), frozenset(ids), frozenset(hashes))
 
 
-def forget(folder: Path, what: Takedown, reason: str = "takedown", rewrite: bool = False, command: str = "") -> Done:
+def forget(folder: Path, what: Takedown, reason: str = "takedown", rewrite: bool = False) -> Done:
     """Add to forgotten.parquet in FOLDER and in the folders that its index was merged from; take it out of their indexes.
 
     Nothing need be here yet: it will never be fetched or indexed. What has a named hash goes with all its ids and hashes.
@@ -111,13 +113,14 @@ def forget(folder: Path, what: Takedown, reason: str = "takedown", rewrite: bool
         blank(tar, {one.key for one in tars[tar]})
     known = {one for taken in tars.values() for one in taken}
     gone, touched = {one.sample_id for one in known}, set(tars) if rewrite else set()
-    left = {place: _reduce(index, gone, touched, command) for place, index in indexes.items()}
+    left = {place: _reduce(index, gone, touched) for place, index in indexes.items()}
     for place in reversed(told):
         if place not in indexes and (previous := manifest_of(place)):
-            _remake(place, previous, command)
+            _remake(place, previous)
     return Done(named=len(what.urls) + len(what.ids) + len(what.hashes), indexed=left.get(folder, 0),
                 removed=len({(tar.resolve(), one.key) for tar in touched for one in tars[tar]}),
-                unknown=len(what.hashes - {one.sha256 for one in known} - {one.original for one in known}), untold=untold)
+                unknown=len(what.hashes - {one.sha256 for one in known} - {one.original for one in known}), untold=untold,
+                emptied=tuple(place for place, index in indexes.items() if left[place] == len(index)))
 
 
 def _found(folder: Path, named: Forgotten, earlier: Iterable[Forgotten]) -> tuple[Forgotten, dict[Path, set[Known]]]:
@@ -145,7 +148,7 @@ def _check(tars: Iterable[Path]) -> None:
                              "(cp, then mv over it), and forget in the others' folders as well")
 
 
-def _reduce(index: Index, gone: set[int], touched: set[Path], command: str) -> int:
+def _reduce(index: Index, gone: set[int], touched: set[Path]) -> int:
     """The same index without these samples and those of all lists; how many they were. Without any left it is taken away."""
     gone = gone | Forgotten.beside(index.folder, index.shards).ids.keys()
     dropped, real = np.fromiter(gone, np.int64), {tar.resolve() for tar in touched}
@@ -157,14 +160,15 @@ def _reduce(index: Index, gone: set[int], touched: set[Path], command: str) -> i
     elif left or any(part.rewritten for part in parts):
         counts = index.manifest["counts"]
         excluded = dict(Counter(counts["excluded"]) + Counter({FORGOTTEN: left}))
-        more = {name: index.manifest[name] for name in ("weights", "merged_from") if name in index.manifest}
-        assemble(index.folder, parts, excluded, command, {
+        more = {name: index.manifest[name] for name in ("weights", "merged_from", "created_by") if name in index.manifest}
+        assemble(index.folder, parts, excluded, "", {  # what made it stays: the card must not tell what was taken down
             **more, "counts": {"samples": len(index) - left, "merged": counts["merged"], "excluded": excluded}})
     return left
 
 
-def _remake(place: Path, previous: dict, command: str) -> None:
+def _remake(place: Path, previous: dict) -> None:
     """An index whose making was killed at its end."""
+    command = previous.get("created_by", {}).get("command", "")
     if "merged_from" in previous:
         merge(place, [Input(place / one["folder"], one["weight"]) for one in previous["merged_from"]], command)
     else:
