@@ -20,6 +20,7 @@ from pipeline.console import InputError
 OPEN_SHARDS = 128
 T = TypeVar("T")
 READERS = 16  # reads at a time; a remote store answers many at once
+HTTP = ("http://", "https://")
 HTTP_TIMEOUT = ClientTimeout(total=None, sock_read=300)  # a tar may take longer than the five minutes that are aiohttp's
 WAKE = 0.1  # seconds after which a waiting consumer sees that its reads were closed
 
@@ -91,7 +92,7 @@ class ShardReader:
 
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path there. Raises ValueError, ImportError."""
-    if not url.startswith(("http://", "https://")):
+    if not url.startswith(HTTP):
         return url_to_fs(url)
     return url_to_fs(url, client_kwargs={"timeout": HTTP_TIMEOUT})
 

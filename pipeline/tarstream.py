@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
-from fsspec.implementations.http import HTTPFile
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
-from pipeline.reader import Closed, ReadAhead, file_system
+from pipeline.reader import HTTP, Closed, ReadAhead, file_system
 from pipeline.tars import IMAGE_SUFFIXES, Group, known_by, row_of
 
 READ_BYTES = 2**20
@@ -106,7 +105,7 @@ def _open(url: str) -> BinaryIO:
     """webdataset's own opener is not used: it hands URLs to a shell."""
     system, path = file_system(url)
     file: Any = system.open(path, "rb")
-    if isinstance(file, HTTPFile) and file.size > file.blocksize:
+    if url.startswith(HTTP) and file.size and file.size > file.blocksize:
         try:
             file.seek(-1, io.SEEK_END)
             file.read(1)
