@@ -49,6 +49,28 @@ def resume(
 
 
 @app.command()
+def check(
+    config: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")],
+    set_: Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one value; repeatable.")] = [],  # noqa: B006
+    dry: Annotated[bool, typer.Option("--dry", help="Only what needs no data and no training, modelled for 8 H200s.")] = False,
+    ranks: Annotated[int, typer.Option(min=0, help="Processes that the run will have; one on each GPU unless given.")] = 0,
+) -> None:
+    """Will this run work? A verdict on each of its parts, with a cure for what is bad; exits 1 when something is.
+
+    Reads, decodes, trains for a minute, and writes nothing.
+
+    Example: `uniclip-train check vit-b32 --dry`
+    """
+    from trainer.config import load_config
+
+    resolved = load_config(config, set_)
+    from trainer.check import check as verdicts
+    from trainer.verdict import show
+
+    raise typer.Exit(show(verdicts(resolved, dry, ranks)))
+
+
+@app.command()
 def replay(step: Annotated[Path, typer.Argument(metavar="STEP", help="A folder inside RUN/failures/.")]) -> None:
     """Run a step again that was left out because its loss or gradient was not finite, and say what is not.
 
