@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.diagnostics import loss_bounds, diagnose, effective_rank, uniformity
+from trainer.diagnostics import diagnose, effective_rank, loss_bounds, uniformity
 from trainer.losses import FORMULAS, LOSSES, SEPARABLE, unit
 
 MEMBERS = [(name, "unified") for name in FORMULAS] + [(name, "separate") for name in sorted(SEPARABLE)]

@@ -1,48 +1,20 @@
 """A run that is killed goes on as if never stopped; a run that cannot start says why in one line."""
 
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import command
+from runs import begin, losses, on_ranks, overrides, run_until, trace, weights
 
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
 from trainer.config import load_config
 from trainer.train import train
 from trainer.training import restored, start
-
-TINY = {"model.image.size": 24, "model.image.width": 32, "model.image.depth": 2, "model.image.heads": 2,
-        "model.text.width": 32, "model.text.depth": 2, "model.text.heads": 2, "model.dim": 16, "optim.batch_size": 16,
-        "optim.samples": 480, "optim.warmup_samples": 64, "run.save_every_samples": 48, "run.log_every": 1,
-        "data.threads": 1}
-
-
-def overrides(scenes: Path, folder: Path, **more) -> list[str]:
-    values = {"data.index": scenes / "train", "run.folder": folder, **TINY, **more}
-    return [f"{key}={value}" for key, value in values.items()]
-
-
-def begin(scenes: Path, folder: Path, **more) -> Path:
-    config = load_config("scenes-tiny", overrides(scenes, folder, **more))
-    return train(config, start(config))
-
-
-def trace(folder: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(m["step"], m["samples"], m["loss"], m["grad_norm"], *m["temperature"], *m["offset"]) for m in lines]
-
-
-def weights(folder: Path) -> str:
-    return checkpoint.read_state(checkpoint.find(folder)).hashes[checkpoint.WEIGHTS]
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +34,6 @@ def test_the_run_learns_and_leaves_what_it_should(finished):
     names = {p.name for p in checkpoint.find(finished).iterdir()}
     assert names == {"model.safetensors", "optimizer.pt", "tokenizer.json", "config.toml", "state.json"}
     assert any((finished / "tensorboard").iterdir())
-
-
-def run_until(folder: Path, words: list[str], samples: int) -> None:
-    """Start the command and kill -9 it once it has logged `samples`."""
-    process = subprocess.Popen([Path(sys.executable).parent / "uniclip-train", *words], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, start_new_session=True)
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.is_file() and metrics.read_text().count("\n") * 16 >= samples:
-            break
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
 
 
 @pytest.mark.parametrize("executor", ["dali", "pillow"])
@@ -194,19 +152,6 @@ def test_a_run_goes_on_from_another_folder(scenes, tmp_path, monkeypatch):
     begin(scenes, tmp_path / "run", **{"data.index": "train", "optim.samples": 32})
     monkeypatch.chdir(tmp_path)
     assert restored(tmp_path / "run")[1].cursor.samples_seen == 32
-
-
-TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node"]
-
-
-def on_ranks(world: int, words: list[str]) -> None:
-    """Run `uniclip-train` under torchrun."""
-    done = command(*TORCHRUN, world, "--no-python", Path(sys.executable).parent / "uniclip-train", *words)
-    assert done.returncode == 0, done.stderr
-
-
-def losses(folder: Path) -> list[float]:
-    return [row[2] for row in trace(folder)]
 
 
 def test_two_processes_train_the_same_model_as_one(scenes, tmp_path, finished):

@@ -29,7 +29,7 @@ def run(
     resolved = load_config(config, set_)
     from trainer.train import run as run_run
 
-    say(f"checkpoint {run_run(resolved)}")
+    run_run(resolved)
 
 
 @app.command()
@@ -45,7 +45,7 @@ def resume(
     """
     from trainer.train import resume as resume_run
 
-    say(f"checkpoint {resume_run(place, folder)}")
+    resume_run(place, folder)
 
 
 @app.command()

@@ -6,7 +6,8 @@ from collections import deque
 from trainer.similarity import TEMPERATURE_FLOOR
 
 HISTORY, FAR = 50, 8  # logged steps; mean absolute deviations
-LATE = 0.1  # of the run: from here on a loss at chance is an illness
+WAITS = 5  # logged steps
+LATE = 0.2  # of the run: from here on a loss at chance, or embeddings all alike, are an illness
 
 
 class Hints:
@@ -15,6 +16,7 @@ class Hints:
     def __init__(self, samples: int):
         self._samples, self._told = samples, set()
         self._losses: deque[float] = deque(maxlen=HISTORY)
+        self._waits: deque[float] = deque(maxlen=WAITS)
 
     def of(self, m: dict) -> list[str]:
         """What one logged step's numbers give away that was not said before."""
@@ -24,14 +26,15 @@ class Hints:
 
     def _found(self, m: dict) -> dict[str, str]:
         late, found = m["samples"] > LATE * self._samples, {}
-        if m["data_wait"] > 0.2 and m["step"] > 1:
-            found["data"] = (f"waits for data {m['data_wait']:.0%} of the time: see `uniclip-data bench`, raise data.threads, "
+        self._waits.append(m["data_wait"])
+        if len(self._waits) == WAITS and (waits := statistics.fmean(self._waits)) > 0.2:
+            found["data"] = (f"waits for data {waits:.0%} of the time: see `uniclip-data bench`, raise data.threads, "
                              "or keep the shards on a faster disk")
         if late and m["loss"] > m["floor_loss"] + 0.95 * (m["chance_loss"] - m["floor_loss"]):
             found["chance"] = (f"loss {m['loss']:.3f} is what random embeddings get ({m['chance_loss']:.3f}): nothing is "
                                "learnt; try a lower optim.lr, a longer warm-up, and `uniclip-train check`")
         for name in ("image", "text"):
-            if m.get(f"effective_rank_{name}", 9.0) < 2:
+            if late and m.get(f"effective_rank_{name}", 9.0) < 2:
                 found[f"collapse {name}"] = (f"{name} embeddings have collapsed to one direction (effective rank "
                                              f"{m[f'effective_rank_{name}']:.1f}): lower optim.lr")
         if min(m["temperature"]) <= TEMPERATURE_FLOOR * 1.001:

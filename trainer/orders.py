@@ -12,8 +12,15 @@ class Orders:
     """Context that listens for them; only a process's main thread can."""
 
     def __init__(self) -> None:
-        self.stop = self.save = False
+        self._asked = self._answered = 0
+        self.stop = False
         self._before: dict[int, object] = {}
+
+    def save(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        asked = self._asked  # one read: a signal may come at any moment
+        new, self._answered = asked != self._answered, asked
+        return new
 
     def __enter__(self) -> "Orders":
         if threading.current_thread() is threading.main_thread():
@@ -25,5 +32,5 @@ class Orders:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, _: object) -> None:
-        self.save, self.stop = True, self.stop or number == signal.SIGTERM
+        self._asked, self.stop = self._asked + 1, self.stop or number == signal.SIGTERM
         os.write(2, f"{_ANNOUNCED[signal.Signals(number)]}\n".encode())  # a handler may not use buffered files

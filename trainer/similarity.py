@@ -25,7 +25,7 @@ class Similarity(nn.Module):
 
     def forward(self) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
         """→ temperatures (3,) and offsets (3,) in the order of DOMAIN_PAIRS."""
-        return self.log_temperature.exp().expand(3), self.offset.expand(3)
+        return self.log_temperature.exp().expand(3), self.offset.expand(3).clone()  # FSDP frees what a view would see
 
     @torch.no_grad()
     def clamp_(self) -> None:

@@ -1,8 +1,10 @@
-"""The training loop: next batch, forward, loss, backward, step, log, save."""
+"""The training loop: next batch, forward, loss, backward, step, log, save, evaluate."""
 
 import os
 import resource
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from trainer.objective import Objective
 from trainer.optim import learning_rate, set_rate
 from trainer.orders import Orders
 from trainer.training import Training, pick_device, restored, snapshot, start
+from trainer.validation import Validation
 
 
 def run(config: Config) -> Path:
@@ -52,6 +55,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
     be written.
     """
     run, optim, ranks, orders = config.run, config.optim, t.ranks, orders or Orders()
+    validation = Validation(config, t, orders)
     saver = checkpoint.Saver(run)
     _open(config, t, saver)
     log = Log(run, optim.samples, t.cursor.samples_seen) if ranks.rank == 0 else None
@@ -61,7 +65,9 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
     objective, skips = Objective(config, ranks), Skips(run.folder, optim.skips)
     stream, clock = iter(loader), Clock(config, t)
     try:
-        while t.cursor.samples_seen < optim.samples and not orders.stop:
+        with clock.paused():
+            stop = validation.evaluate(log)  # what it was stopped in
+        while t.cursor.samples_seen < optim.samples and not stop:
             with clock.waiting():
                 batch, after = next(stream)
 
@@ -79,7 +85,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
             of_parts = gradient_norms(t.model) if logged else {}
             gradient = whole(nn.utils.clip_grad_norm_(t.model.parameters(), optim.clip))
 
-            bad, orders.stop, save = ranks.any(not torch.isfinite(loss + gradient), orders.stop, orders.save or clock.due())
+            bad, stop, save = ranks.any(not torch.isfinite(loss + gradient), orders.stop, orders.save() or clock.due())
             if bad:
                 skips.skip(config, t, batch, loss, gradient)
             else:
@@ -93,21 +99,27 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
                 log.write({"step": t.step, "samples": after.samples_seen, "loss": loss.item(), "lr": rate,
                            "grad_norm": gradient.item(), "grad_norms": of_parts, "skipped": t.skipped,
                            "bad_samples": ledger.bad, **objective.numbers(batch), **clock.lap(t)})
-            if save or done or after.samples_seen // run.save_every_samples > before // run.save_every_samples:
+            save = save or stop or done or after.samples_seen // run.save_every_samples > before // run.save_every_samples
+            if save:
                 _save(config, t, saver, clock.total)
                 clock.saved()
-                orders.save = False
+            if not stop:
+                with clock.paused():
+                    stop = validation.evaluate(log)
+                if stop and not save:
+                    _save(config, t, saver, clock.total)
             saver.check()
         saver.wait()
-        if orders.stop and log:
-            say(f"stopped at {t.cursor.samples_seen:,} samples: go on with `uniclip-train resume {run.folder}`")
+        saved = checkpoint.folder_of(run.folder, t.cursor)
+        if log:
+            say(f"checkpoint {saved}" + (f": stopped, go on with `uniclip-train resume {run.folder}`" if stop else ""))
     finally:
         stream.close()
         saver.close()
         if log:
             log.close()
     ranks.wait()
-    return checkpoint.folder_of(run.folder, t.cursor)
+    return saved
 
 
 def gradient_norms(model: nn.Module) -> dict[str, float]:
@@ -164,6 +176,13 @@ class Clock:
 
     def __exit__(self, *_: object) -> None:
         self._waited += time.perf_counter() - self._since
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Within, time counts for no rate."""
+        begin = time.perf_counter()
+        yield
+        self._lap += time.perf_counter() - begin
 
     @property
     def total(self) -> float:

@@ -1,0 +1,177 @@
+"""What the machine asks of a run, and what it takes away: signals, the clock, a mirror, a dead process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import command
+from runs import TORCHRUN, begin, overrides, trace, weights
+
+from pipeline.console import InputError, WorkFailed
+from trainer import checkpoint
+from trainer.config import load_config
+from trainer.mirror import Mirror
+from trainer.orders import Orders
+from trainer.train import train
+from trainer.training import Training, restored, start
+
+PROGRAM = Path(sys.executable).parent / "uniclip-train"
+
+
+def started(scenes: Path, folder: Path, world: int = 1, **more) -> subprocess.Popen:
+    """A run in the background that has taken a few steps."""
+    words = [PROGRAM, "run", "scenes-tiny", *(w for o in overrides(scenes, folder, **more) for w in ("--set", o))]
+    launch = [] if world == 1 else [PROGRAM.parent / TORCHRUN[0], *TORCHRUN[1:], str(world), "--no-python"]
+    process = subprocess.Popen([*launch, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    until(lambda: (folder / "metrics.jsonl").is_file() and len(trace(folder)) >= 5, process)
+    return process
+
+
+def until(ready, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+LONG = {"optim.samples": 200_000, "run.save_every_samples": 200_000}
+
+
+def test_sigterm_saves_stops_and_says_so(scenes, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = started(scenes, stopped, **LONG)
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    out, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == 0
+    assert "SIGTERM: saving a checkpoint" in errors
+    assert f"uniclip-train resume {stopped}" in out
+    at = checkpoint.read_state(checkpoint.find(stopped)).cursor.samples_seen
+    assert at == trace(stopped)[-1][1] > 0
+    train(*(resumed := restored(stopped)), Until(resumed[1], at + 160))
+    config = load_config("scenes-tiny", overrides(scenes, whole, **LONG))
+    t = start(config)
+    train(config, t, Until(t, at + 160))
+    assert trace(stopped) == trace(whole)
+    assert weights(stopped) == weights(whole)
+
+
+class Until(Orders):
+    """An order to stop that comes at a number of samples."""
+
+    def __init__(self, t: Training, samples: int):
+        self._t, self._samples = t, samples
+        super().__init__()
+
+    @property
+    def stop(self) -> bool:
+        return self._t.cursor.samples_seen + 16 >= self._samples
+
+    @stop.setter
+    def stop(self, _: bool) -> None:
+        """It is a matter of samples alone."""
+
+
+def test_sigterm_stops_all_ranks_with_one_checkpoint(scenes, tmp_path):
+    process = started(scenes, tmp_path / "run", 2, **LONG)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGTERM)  # one rank alone is told
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "run")).cursor.samples_seen > 0
+
+
+def test_sigusr1_saves_and_goes_on(scenes, tmp_path):
+    folder = tmp_path / "run"
+    process = started(scenes, folder, **LONG)
+    process.send_signal(signal.SIGUSR1)
+    until(lambda: (folder / "checkpoints" / checkpoint.LATEST).read_text() != f"{0:012d}", process)
+    at = len(trace(folder))
+    until(lambda: len(trace(folder)) > at + 3, process)
+    process.kill()
+    process.communicate()
+
+
+def test_the_clock_on_the_wall_saves(scenes, tmp_path):
+    folder = tmp_path / "run"
+    process = started(scenes, folder, **LONG | {"run.save_every_minutes": 0.02, "run.keep": 3})
+    until(lambda: len(list((folder / "checkpoints").glob("*/state.json"))) == 3, process)
+    process.kill()
+    process.communicate()
+    checkpoint.read_state(checkpoint.find(folder))
+
+
+def test_a_mirror_holds_whole_checkpoints_and_a_run_goes_on_from_it(scenes, tmp_path):
+    url, lost, again, whole = f"file://{tmp_path}/mirror", tmp_path / "lost", tmp_path / "again", tmp_path / "whole"
+    begin(scenes, whole)
+    begin(scenes, lost, **{"run.mirror": url, "optim.samples": 240})
+    names = sorted(p.name for p in (tmp_path / "mirror" / "checkpoints").iterdir())
+    assert names == ["000000000192", "000000000240", "latest"]
+    for name in names[:2]:
+        assert checkpoint.read_state(tmp_path / "mirror" / "checkpoints" / name)
+    mirror = Mirror(url)
+    mirror.fetch(again)
+    assert trace(again) == trace(lost)
+    config, t = restored(again)
+    assert t.cursor.samples_seen == 240
+    assert weights(again) == weights(lost)
+    done = command("uniclip-train", "resume", url, "--folder", tmp_path / "third")
+    assert done.returncode == 0, done.stderr
+    assert trace(tmp_path / "third") == trace(lost)
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        Mirror("memory://nothing").fetch(tmp_path / "x")
+    with pytest.raises(InputError, match="run.mirror"):
+        Mirror("nosuch://bucket")
+
+
+def test_a_mirror_that_cannot_be_written_ends_the_run_with_one_line(scenes, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkFailed, match=r"run.mirror .*; the checkpoint in .* is whole"):
+        begin(scenes, tmp_path / "run", **{"run.mirror": f"file://{tmp_path}/file/mirror"})
+    checkpoint.read_state(checkpoint.find(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("launch", ["torchrun", "alone"])
+def test_a_dead_rank_ends_the_run_and_is_named(scenes, tmp_path, launch):
+    """Under torchrun the agent names it; started one by one, as on nodes of their own, the other ranks do."""
+    folder = tmp_path / "run"
+    words = [PROGRAM, "run", "scenes-tiny", *(w for o in overrides(scenes, folder, **LONG) for w in ("--set", o))]
+    if launch == "torchrun":
+        process = started(scenes, folder, 4, **LONG)
+        workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                                                      text=True).stdout.split()]
+        rank = {int(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0RANK=")[1].split(b"\0")[0]): pid for pid in workers}
+        os.kill(rank[2], signal.SIGKILL)
+        begun = time.monotonic()
+        _, errors = process.communicate(timeout=100)
+        assert time.monotonic() - begun < 60
+        assert process.returncode != 0
+        assert "exitcode  : -9" in errors and "rank      : 2" in errors
+        return
+    port = str(20_000 + os.getpid() % 20_000)
+    processes = [subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={
+        **os.environ, "RANK": str(r), "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for r in range(3)]
+    until(lambda: (folder / "metrics.jsonl").is_file() and len(trace(folder)) >= 5, processes[0])
+    processes[1].kill()
+    begun = time.monotonic()
+    errors = {r: processes[r].communicate(timeout=100)[1] for r in (0, 2)}
+    assert time.monotonic() - begun < 60
+    for r in (0, 2):
+        assert processes[r].returncode == 1, errors[r]
+        assert f"rank 1 (process {processes[1].pid} on" in errors[r], errors[r]
+    processes[1].communicate()
+
+
+def test_metrics_are_strict_json(scenes, tmp_path):
+    begin(scenes, tmp_path / "run", **{"optim.samples": 32})
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
