@@ -124,7 +124,8 @@ def test_the_temperature_keeps_its_floor_and_offsets_compare():
 
 def test_decay_touches_matrices_alone():
     m = model()
-    decayed, others = parameter_groups(m, 0.2)
+    groups = parameter_groups(m, load_config("scenes-tiny", ["optim.weight_decay=0.2"]).optim)
+    others, decayed = sorted(groups, key=lambda group: group["weight_decay"])
     names = {id(p): name for name, p in m.named_parameters()}
     assert sum(len(g["params"]) for g in (decayed, others)) == len(names)
     kept = {names[id(p)] for p in others["params"]}
