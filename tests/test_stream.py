@@ -286,7 +286,7 @@ def test_a_stalled_tar_is_a_line_and_the_others_go_on(folder, tmp_path):
     with serving() as site:
         site.pages |= {"/0.tar": first, "/1.tar": stalling(second, len(second) // 2, forever),
                        "/2.tar": stalling(second, 0, forever), "/3.tar": lambda handler: handler.connection.close()}
-        data = Stream.open(site.url("/{0..3}.tar"), NONE, timeout=0.5)
+        data = Stream.open(site.url("/{0..3}.tar"), NONE, timeout=1)
         iterator = iter(start(data, 20, ledger=Ledger(tmp_path / "bad.jsonl", 0.2)))
         seen = torch.cat([batch.sample_id for batch, _ in islice(iterator, 10)]).tolist()
         iterator.close()
@@ -295,7 +295,7 @@ def test_a_stalled_tar_is_a_line_and_the_others_go_on(folder, tmp_path):
     assert set(ids[:60]) < set(seen) < set(ids), "not the first tar and half of the second"
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     why = {(line["shard"][-5:], line["reason"]) for line in lines}
-    assert {("1.tar", "stalled: no answer in 0.5 s"), ("2.tar", "stalled: no answer in 0.5 s")} <= why
+    assert {("1.tar", "stalled: no answer in 1 s"), ("2.tar", "stalled: no answer in 1 s")} <= why
     assert any(tar == "3.tar" and reason.startswith("cannot be") for tar, reason in why)
 
 
@@ -320,7 +320,7 @@ print(time.time(), flush=True)
         ended = time.time()
         forever.set()
     assert (done.returncode, done.stderr) == (0, "")
-    assert ended - float(done.stdout) < 5
+    assert ended - float(done.stdout) < 10
 
 
 def test_a_run_trains_from_a_stream_and_says_that_it_resumes_inexactly(folder, pattern, tmp_path):
