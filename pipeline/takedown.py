@@ -4,11 +4,13 @@ They are listed in forgotten.parquet (schema.FORGOTTEN), which download, retry, 
 their bytes in the tars. Other bytes keep their places there, so that every index of those tars stays right.
 """
 
+import fcntl
 import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -99,7 +101,23 @@ def forget(folder: Path, what: Takedown, reason: str = "takedown", rewrite: bool
     untold = tuple(place for place in within if not os.access(place, os.W_OK))
     if untold and (rewrite or folder in untold):
         raise InputError(f"{untold[0]} is not here or cannot be written: run the same command where it can")
-    told = {place: Forgotten.read(place / FORGOTTEN_NAME) for place in within if place not in untold}
+    with _alone(place for place in within if place not in untold):
+        return _forget(folder, [place for place in within if place not in untold], untold, what, reason, rewrite)
+
+
+@contextmanager
+def _alone(folders: Iterable[Path]) -> Iterator[None]:
+    """Wait until no other takedown is at work in these folders."""
+    with ExitStack() as stack:
+        for folder in sorted({folder.resolve() for folder in folders}):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _forget(folder: Path, within: list[Path], untold: tuple[Path, ...], what: Takedown, reason: str, rewrite: bool) -> Done:
+    told = {place: Forgotten.read(place / FORGOTTEN_NAME) for place in within}
     indexes = {place: Index.open(place) for place in told if (place / MANIFEST_NAME).exists()}
     named, tars = what.named(reason.encode(errors="replace").decode()), {}
     if rewrite or what.hashes:

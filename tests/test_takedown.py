@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import command, encoded, picture
+from conftest import ROOT, command, encoded, picture
 from shards import drawing, write_set
 from test_download import HERE, url_table
 from webserver import serving
@@ -281,6 +281,18 @@ def test_a_mirror_of_other_names_is_rewritten_too(tmp_path):
     assert images_of(tmp_path / "mirror") == {id_of("0"): PICTURES[0]}
     assert json.loads((tmp_path / "mirror" / "cc3m-train-0000_stats.json").read_text())["successes"] == 1
     assert build(tmp_path / "mirror", 1)["counts"] == {"samples": 1, "merged": 0, "excluded": {}}
+
+
+def test_takedowns_at_once_wait_for_each_other(two):
+    words = [sys.executable, "-m", "pipeline.cli", "forget", "--rewrite"]
+    both = [subprocess.Popen([*words, two / name, f"http://h/{number}"], stderr=subprocess.PIPE, cwd=ROOT)
+            for name, number in (("m", 1), ("a", 2), ("b", 4))]
+    for process in both:
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+    assert Forgotten.read(two / "a" / "forgotten.parquet").ids.keys() == {id_of("1"), id_of("2")}
+    assert ids_of(two / "a") == {id_of("0"), id_of("3")}
+    assert ids_of(two / "b") == {id_of("twin")}
 
 
 def test_samples_that_share_a_key_go_together(tmp_path):
