@@ -45,8 +45,8 @@ class Validation:
         self._config, self._t, self._orders = config, t, orders
         wanted = config.eval if config.eval.every_samples else EvalConfig()
         self._held_out = HeldOut(config, t, wanted.held_out) if wanted.held_out else None
-        self._sets = [Examined.open(folder, config.eval, t) for folder in wanted.sets]
-        names = [one.evalset.name for one in self._sets]
+        self.sets = tuple(Examined.open(folder, config.eval, t) for folder in wanted.sets)
+        names = [one.evalset.name for one in self.sets]
         if twice := {name for name in names if names.count(name) > 1}:
             raise InputError(f"eval.sets has two folders named {min(twice)}, the log could not tell them apart: rename one")
 
@@ -60,7 +60,7 @@ class Validation:
             with t.average.in_place() if t.average else nullcontext(), evaluating(t.model):
                 if self._held_out:
                     numbers["held_out_loss"] = self._held_out.loss(self._obey)
-                for one in self._sets:
+                for one in self.sets:
                     found = self._measured(one)
                     numbers |= {f"{one.evalset.name}/{name}": value for name, value in found.items()}
         except Interrupted:
