@@ -20,8 +20,8 @@ from trainer.model import UniCLIP
 from trainer.tiles import TILE
 
 CLIP_VOCABULARY = 49_408
-# Of trainer.tiles, measured: embeddings, unit vectors, their gradients; a tile's logits, weights and scratch; in float32.
-LOSS_ROWS, LOSS_TILES = 4.3, 3
+# Of trainer.tiles, measured, in float32: rows of embeddings it holds at most, and those it holds beside its tiles.
+LOSS_ROWS, ROWS_BESIDE, LOSS_TILES = 4.3, 3, 4
 
 
 class Live(TorchDispatchMode):
@@ -123,8 +123,9 @@ def loss_bytes(config: Config, groups: int, device: str = "cpu") -> int:
     """What trainer.tiles holds for the `groups` of one of the devices, which gets everybody's embeddings."""
     size, dim = len(config.data.kinds()) + 1, config.model.dim
     tile = min(TILE["cuda" if device.startswith("cuda") else "cpu"], (size - 1) * groups)
+    rows, tiles = groups * size * dim, tile * tile
     foreign = 2 * (config.optim.batch_size - groups) * size * dim * (2 if config.run.precision == "bf16" else 4)
-    return int(4 * (LOSS_ROWS * groups * size * dim + LOSS_TILES * tile * tile)) + foreign
+    return int(4 * max(LOSS_ROWS * rows, ROWS_BESIDE * rows + LOSS_TILES * tiles)) + foreign
 
 
 def available(device: str) -> int:

@@ -58,7 +58,7 @@ class Fit:
 
 
 def pace(config: Config, t: Training, ranks: int, scratch: Path) -> tuple[Pace, Batch | None]:
-    """Reads and trains for a few seconds; the last batch read, None where it holds less than two different groups."""
+    """Reads and trains for a few seconds; the first batch, None where it holds less than two different groups."""
     share = max(config.optim.batch_size // ranks // config.optim.accumulation, 2)
     groups = min(share, GROUPS[torch.device(t.device).type])
     ledger = Ledger(scratch / "bad_samples.jsonl", budget=1.0)
@@ -71,13 +71,13 @@ def pace(config: Config, t: Training, ranks: int, scratch: Path) -> tuple[Pace, 
 
 
 def _read(t: Training, groups: int, ledger: Ledger) -> tuple[float, Batch]:
-    """Samples/s after the first batch, and the last one."""
+    """Samples/s after the first batch, and that batch."""
     stream = iter(t.data.loader(t.tokenizer, t.recipe, t.cursor, groups, t.device, ledger=ledger))
     try:
         batch, _ = next(stream)
         began, count = time.perf_counter(), 0
         while (elapsed := time.perf_counter() - began) < SECONDS:
-            batch, _ = next(stream)
+            next(stream)
             count += groups
         return count / elapsed, batch
     finally:
@@ -157,7 +157,9 @@ def trial(config: Config, ranks: int) -> Iterator[Verdict]:
         yield from (Verdict("init", note) for note in training.notes)
         found, batch = pace(config, training, ranks, Path(folder))
         yield _images(found, config.data.bad_sample_budget)
-        if batch is not None:
+        if batch is None:
+            yield Verdict("one batch", "its groups are bad or all of one id", "bad", "see decoding and twins")
+        else:
             fit = fit_one_batch(config, training, batch)
             yield _gradients(fit)
             yield _fit(fit)
@@ -188,7 +190,7 @@ def _some(names: list[str]) -> str:
 
 def _fit(fit: Fit) -> Verdict:
     return judged("one batch", f"of {fit.groups} groups, {fit.steps} steps: loss {fit.first:.3f} → {fit.last:.3f}, "
-                  f"{fit.learnt:.0%} of the way from chance to floor",
+                  f"{max(fit.learnt, 0):.0%} of the way from chance to floor",
                   (bool(fit.broken) or math.isnan(fit.last), "bad", "loss or gradient is not finite: lower optim.lr"),
                   (fit.learnt < 0.5 and fit.late, "warn", "time was up before it could learn: check on a faster device"),
                   (fit.learnt < 0.5, "bad", "it does not learn even one batch: lower optim.lr, or check [init] and lr_scale"),
