@@ -1,5 +1,6 @@
 """`check`: will this run work? What the configuration says of itself, what the machine has, and what the data holds."""
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -81,33 +82,39 @@ def _model(config: Config, ranks: int, dry: bool, known: list[Sizes]) -> Iterato
     known.append(sizes)
     parts = ", ".join(f"{name} {count / 1e6:.2f}" for name, count in sizes.weights.items() if count >= 5000)
     yield judged("weights", f"{sum(sizes.weights.values()) / 1e6:.2f} M, {sizes.trainable / 1e6:.2f} M learn: {parts}",
-                 (sizes.fixed > free, "bad", f"with gradients and optimizer they need {_gib(sizes.fixed)}: a smaller [model], "
+                 (sizes.fixed > free, "bad", f"with gradients and optimizer they need {_size(sizes.fixed)}: a smaller [model], "
                   "or run.sharding=fsdp on more devices"))
     needed = sum(sizes.memory.values())
-    told = ", ".join(f"{name} {_gib(size)}" for name, size in sizes.memory.items() if size)
+    told = ", ".join(f"{name} {_size(size)}" for name, size in sizes.memory.items() if size)
     cure = "raise optim.accumulation, set run.recompute=true or run.precision=bf16, or lower optim.batch_size"
-    yield judged("memory", f"modelled: {_gib(needed)} of {_gib(free)} on each {MODELLED if dry else device}: {told}",
+    yield judged("memory", f"modelled: {_size(needed)} of {_size(free)} on each {MODELLED if dry else device}: {told}",
                  (needed > free, "bad", cure), (needed > 0.85 * free, "warn", f"close to the edge: {cure}"))
     hours = config.optim.samples * sizes.flops / (MODELLED_MFU * PEAKS[MODELLED]) / 3600
-    yield Verdict("cost", f"{sizes.flops / 1e9:,.1f} GFLOP a sample; modelled: {hours:,.1f} GPU-hours on {MODELLED}s at "
-                          f"{MODELLED_MFU:.0%} MFU, {hours / MODELLED_GPUS:,.1f} hours on {MODELLED_GPUS} of them")
+    yield Verdict("cost", f"{sizes.flops / 1e9:,.1f} GFLOP a sample; modelled: {_hours(hours)} GPU-hours on {MODELLED}s at "
+                          f"{MODELLED_MFU:.0%} MFU, {_hours(hours / MODELLED_GPUS)} hours on {MODELLED_GPUS} of them")
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB"
+def _size(bytes_: float) -> str:
+    return f"{bytes_ / 2**30:,.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:,.1f} MiB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 0.1 else "less than 0.1"
 
 
 def _disk(run: RunConfig, size: int) -> Iterator[Verdict]:
-    """The folder, its disk, its mirror; the checkpoint that is being written comes on top of those kept."""
+    """Folder, disk, mirror and wandb; the checkpoint that is being written comes on top of those kept."""
     place = next(folder for folder in (run.folder, *run.folder.parents) if folder.exists())
     yield judged("folder", str(run.folder),
                  (not place.is_dir() or not os.access(place, os.W_OK), "bad", f"{place} cannot be written: set run.folder"),
                  ((run.folder / "checkpoints" / checkpoint.LATEST).is_file(), "warn",
                   f"it holds a run: `uniclip-train resume {run.folder}`, or set run.folder"))
     free, needed = shutil.disk_usage(place).free, (run.keep + 1) * size
-    yield judged("disk", f"{run.keep} + 1 checkpoints need {_gib(needed)}, {_gib(free)} are free",
+    yield judged("disk", f"{run.keep} + 1 checkpoints need {_size(needed)}, {_size(free)} are free",
                  (needed > free, "bad", "make room, lower run.keep, or set run.folder"),
                  (needed > 0.8 * free, "warn", "make room, or lower run.keep"))
+    if run.wandb and importlib.util.find_spec("wandb") is None:
+        yield Verdict("wandb", f"run.wandb = {run.wandb!r}, but it is not installed", "bad", "pip install wandb")
     if run.mirror:
         yield from tried("mirror", lambda: _mirror(run.mirror))
 

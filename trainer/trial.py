@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.ledger import Ledger
+from pipeline.progress import clock
 from pipeline.schema import Batch
 from trainer.config import Config, OptimConfig
 from trainer.distributed import ALONE, chunks, forward_backward
@@ -22,7 +23,7 @@ from trainer.training import Training, start
 from trainer.verdict import Verdict, judged
 
 SECONDS = 2.0  # of measuring each rate
-GROUPS = {"cpu": 32, "cuda": 256}  # of a measured batch, at most
+GROUPS, PARTS = {"cpu": 32, "cuda": 256}, 2  # of a measured batch, at most
 LEARNT_GROUPS, STEPS, WARM_UP, LONGEST = 16, 60, 10, 90.0  # of the batch learnt by heart; LONGEST in seconds
 FIRST_STEPS = 3  # in which every parameter must get a gradient
 
@@ -59,8 +60,8 @@ class Fit:
 
 def pace(config: Config, t: Training, ranks: int, scratch: Path) -> tuple[Pace, Batch | None]:
     """Reads and trains for a few seconds; the first batch, None where it holds less than two different groups."""
-    share = max(config.optim.batch_size // ranks // config.optim.accumulation, 2)
-    groups = min(share, GROUPS[torch.device(t.device).type])
+    part = max(config.optim.batch_size // ranks // config.optim.accumulation, 2)
+    groups = min(part * min(config.optim.accumulation, PARTS), GROUPS[torch.device(t.device).type])
     ledger = Ledger(scratch / "bad_samples.jsonl", budget=1.0)
     read, batch = _read(t, groups, ledger)
     lines = (scratch / "bad_samples.jsonl").read_text().splitlines() if ledger.bad else []
@@ -103,7 +104,7 @@ def _train(config: Config, t: Training, batch: Batch) -> float:
 def _step(config: Config, t: Training, batch: Batch, objective: Objective) -> tuple[float, float]:
     """As the training loop makes it → loss, norm of the gradient."""
     t.optimizer.zero_grad(set_to_none=True)
-    parts = chunks(config.optim.accumulation, batch.views, batch.vectors, batch.tokens)
+    parts = chunks(min(config.optim.accumulation, PARTS), batch.views, batch.vectors, batch.tokens)
     loss = forward_backward(t.step_of, parts, objective.of(batch))
     norm = nn.utils.clip_grad_norm_(t.model.parameters(), config.optim.clip)
     if torch.isfinite(loss + norm):
@@ -203,5 +204,5 @@ def _rates(optim: OptimConfig, found: Pace, ranks: int) -> Verdict:
     cure = (f"training would wait {waits:.0%} of the time: see `uniclip-data bench`, raise data.threads, set data.cache, or "
             "use a faster disk")
     return judged("speed", f"data {found.read:,.0f} samples/s, steps {found.trained:,.0f}: {'data' if waits else 'steps'} bind"
-                  f", about {optim.samples / (binding * ranks) / 3600:,.2g} hours for the run here",
+                  f", about {clock(optim.samples / (binding * ranks))} for the run here",
                   (waits > 0.5, "bad", cure), (waits > 0.05, "warn", cure))
