@@ -242,6 +242,7 @@ WRONG = [
     ({"eval.split": "dev"}, "has no split 'dev'; splits present: test"),
     ({"eval.held_out": "nowhere"}, "index.arrow does not exist: run `uniclip-data index"),
     ({"eval.sets": "TWICE"}, "two folders named retrieval"),
+    ({"eval.sets": "EMPTY"}, "has no examples in its split 'test'"),
     ({"eval.sets": "[]"}, "asks for an evaluation of nothing: set eval.held_out or eval.sets too"),
 ]
 
@@ -249,10 +250,14 @@ WRONG = [
 @pytest.mark.parametrize("more, message", WRONG, ids=lambda x: str(x)[:30])
 def test_wrong_input_is_one_clear_line_before_training_starts(scenes, tmp_path, more, message):
     retrieval = str(scenes / "evalsets/retrieval")
-    shutil.copytree(retrieval, tmp_path / "other/retrieval")
+    other = tmp_path / "other/retrieval"
+    shutil.copytree(retrieval, other)
     values = {"eval.every_samples": 64, "eval.sets": json.dumps([retrieval]), **more}
     if values["eval.sets"] == "TWICE":
-        values["eval.sets"] = json.dumps([retrieval, str(tmp_path / "other/retrieval")])
+        values["eval.sets"] = json.dumps([retrieval, str(other)])
+    if values["eval.sets"] == "EMPTY":
+        tarfile.open(other / "test/0.tar", "w").close()
+        values["eval.sets"] = json.dumps([str(other)])
     with pytest.raises(InputError, match=message) as error:
         begin(scenes, tmp_path / "run", **values)
     assert "\n" not in str(error.value)

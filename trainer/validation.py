@@ -148,6 +148,8 @@ class Examined:
         if evalset.kind != RETRIEVAL:
             require_prompts(evalset, folder, evalset.templates)
         every = [target for _, _, target in evalset.examples()]
+        if not every:
+            raise InputError(f"evaluation set {folder} has no examples in its split {config.split!r}: fetch it again")
         used_N = np.diff(np.arange(len(every) + 1) * min(config.samples or len(every), len(every)) // len(every)) > 0
         targets = list(compress(every, used_N))
         texts = (list(chain.from_iterable(targets)) if evalset.kind == RETRIEVAL  # type: ignore[arg-type]
