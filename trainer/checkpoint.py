@@ -124,7 +124,12 @@ def write(folder: Path, taken: Snapshot) -> None:
 
 
 class Saver:
-    """Writes checkpoints from a thread, one at a time, while the run goes on; its mirror gets a copy of each."""
+    """Writes checkpoints from a thread, one at a time, while the run goes on; its mirror gets a copy of each.
+
+    newest: samples seen at the last one.
+    """
+
+    newest: int | None = None
 
     def __init__(self, run: RunConfig):
         self._run, self._keep, self._mirror = run.folder, run.keep, Mirror(run.mirror) if run.mirror else None

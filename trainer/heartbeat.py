@@ -48,7 +48,8 @@ class Heartbeat:
 
     def wait_for_verdict(self) -> str:
         """Who is gone, as soon as it is known; "" when nobody is."""
-        self._said.wait(SILENT + 3 * EVERY)
+        if self._said.wait(SILENT + 3 * EVERY):
+            time.sleep(3 * EVERY)  # this process may hold the store: the others should have read it
         return self.verdict
 
     def _live(self) -> None:
@@ -77,7 +78,7 @@ class Heartbeat:
         """Leave the main thread time to end by itself with the verdict; a collective may hold it for ever."""
         self.verdict = verdict
         self._said.set()
-        if not self._over.wait(3 * EVERY):
+        if not self._over.wait(6 * EVERY):
             print(f"error: rank {self._rank} ends: {verdict}", file=sys.stderr, flush=True)
             os._exit(1)
 

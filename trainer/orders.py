@@ -3,9 +3,15 @@
 import os
 import signal
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 
-_ANNOUNCED = {signal.SIGTERM: "SIGTERM: saving a checkpoint after this step, then stopping",
+_ANNOUNCED = {signal.SIGTERM: "SIGTERM: saving a checkpoint, then stopping",
               signal.SIGUSR1: "SIGUSR1: saving a checkpoint after this step"}
+
+
+class Stopped(Exception):
+    """SIGTERM while waiting."""
 
 
 class Orders:
@@ -13,7 +19,7 @@ class Orders:
 
     def __init__(self) -> None:
         self._asked = self._answered = 0
-        self.stop = False
+        self.stop = self._waiting = False
         self._before: dict[int, object] = {}
 
     def save(self) -> bool:
@@ -21,6 +27,17 @@ class Orders:
         asked = self._asked  # one read: a signal may come at any moment
         new, self._answered = asked != self._answered, asked
         return new
+
+    @contextmanager
+    def waiting(self, alone: bool) -> Generator[None]:
+        """In here SIGTERM raises Stopped at once: a read may stall. Not where other ranks wait for this one's step."""
+        self._waiting = alone
+        try:
+            if self.stop and alone:
+                raise Stopped
+            yield
+        finally:
+            self._waiting = False
 
     def __enter__(self) -> "Orders":
         if threading.current_thread() is threading.main_thread():
@@ -34,3 +51,5 @@ class Orders:
     def _note(self, number: int, _: object) -> None:
         self._asked, self.stop = self._asked + 1, self.stop or number == signal.SIGTERM
         os.write(2, f"{_ANNOUNCED[signal.Signals(number)]}\n".encode())  # a handler may not use buffered files
+        if self.stop and self._waiting:
+            raise Stopped

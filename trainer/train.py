@@ -22,7 +22,7 @@ from trainer.losses import NoValidGroup
 from trainer.mirror import Mirror
 from trainer.objective import Objective
 from trainer.optim import learning_rate, set_rate
-from trainer.orders import Orders
+from trainer.orders import Orders, Stopped
 from trainer.training import Training, pick_device, restored, snapshot, start
 from trainer.validation import Validation
 
@@ -68,8 +68,12 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
         with clock.paused():
             stop = validation.evaluate(log)  # what it was stopped in
         while t.cursor.samples_seen < optim.samples and not stop:
-            with clock.waiting():
-                batch, after = next(stream)
+            try:
+                with clock.waiting(), orders.waiting(alone=ranks.world == 1):
+                    batch, after = next(stream)
+            except Stopped:
+                stop = True
+                break
 
             done = after.samples_seen >= optim.samples
             logged = t.step == 0 or (t.step + 1) % run.log_every == 0 or done
@@ -99,16 +103,15 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
                 log.write({"step": t.step, "samples": after.samples_seen, "loss": loss.item(), "lr": rate,
                            "grad_norm": gradient.item(), "grad_norms": of_parts, "skipped": t.skipped,
                            "bad_samples": ledger.bad, **objective.numbers(batch), **clock.lap(t)})
-            save = save or stop or done or after.samples_seen // run.save_every_samples > before // run.save_every_samples
-            if save:
+            if save or done or after.samples_seen // run.save_every_samples > before // run.save_every_samples:
                 _save(config, t, saver, clock.total)
                 clock.saved()
             if not stop:
                 with clock.paused():
                     stop = validation.evaluate(log)
-                if stop and not save:
-                    _save(config, t, saver, clock.total)
             saver.check()
+        if stop:
+            _save(config, t, saver, clock.total)
         saver.wait()
         saved = checkpoint.folder_of(run.folder, t.cursor)
         if log:
@@ -131,6 +134,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 def _open(config: Config, t: Training, saver: checkpoint.Saver) -> None:
     """Make the run's folder what it must be before the first step."""
     folder = config.run.folder
+    saver.newest = t.cursor.samples_seen or None
     if t.ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / checkpoint.CONFIG).write_text(config.to_toml())
@@ -145,7 +149,10 @@ def _open(config: Config, t: Training, saver: checkpoint.Saver) -> None:
 
 
 def _save(config: Config, t: Training, saver: checkpoint.Saver, seconds: float) -> None:
-    """All ranks give what they hold, rank 0 writes."""
+    """All ranks give what they hold, rank 0 writes; nothing where there already is a checkpoint."""
+    if saver.newest == t.cursor.samples_seen:
+        return
+    saver.newest = t.cursor.samples_seen
     taken = snapshot(config, t, seconds)
     if t.ranks.rank == 0:
         saver.save(taken)
