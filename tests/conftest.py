@@ -15,6 +15,10 @@ ROOT = Path(__file__).parent.parent
 install_import_hook(["trainer.encoders", "trainer.heads", "trainer.model", "trainer.similarity"], "beartype.beartype")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--golden", action="store_true", help="write the golden files anew")
+
+
 def picture(seed: int, width: int = 80, height: int = 60) -> Image.Image:
     """A smooth random colour picture: differences between resizers and decoders are as on photographs."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)

@@ -114,3 +114,17 @@ def test_the_log_carries_what_a_person_asks_for(scenes, tmp_path):
     assert last["skipped"] == last["bad_samples"] == 0
     assert 0 < last["memory_gib"] < 24 and last["tflops"] > 0
     assert len(last["positive_logit"]) == 3 and 1 <= last["effective_rank_image"] <= 16
+
+
+def test_wandb_gets_every_number_and_one_run_after_a_resume(scenes, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "run"
+    begin(scenes, folder, **{"optim.samples": 48, "run.wandb": "uniclip"})
+    config, t = restored(folder)
+    train(config.model_copy(update={"optim": config.optim.model_copy(update={"samples": 64})}), t)
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and len({run.name.rpartition("-")[2] for run in runs}) == 1
+    logged = b"".join(path.read_bytes() for path in runs[0].glob("*.wandb"))
+    for name in (b"grad_norms/image_head", b"temperature/image-text", b"floor_loss"):
+        assert name in logged
