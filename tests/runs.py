@@ -15,6 +15,7 @@ from trainer.config import load_config
 from trainer.train import train
 from trainer.training import start
 
+PROGRAM = Path(sys.executable).parent / "uniclip-train"
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node"]
 TINY = {"model.image.size": 24, "model.image.width": 32, "model.image.depth": 2, "model.image.heads": 2,
         "model.text.width": 32, "model.text.depth": 2, "model.text.heads": 2, "model.dim": 16, "optim.batch_size": 16,
@@ -41,23 +42,44 @@ def weights(folder: Path) -> str:
     return checkpoint.read_state(checkpoint.find(folder)).hashes[checkpoint.WEIGHTS]
 
 
-def run_until(folder: Path, words: list[str], samples: int) -> None:
-    """Start the command and kill -9 it once it has logged `samples`."""
-    process = subprocess.Popen([Path(sys.executable).parent / "uniclip-train", *words], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, start_new_session=True)
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if metrics.is_file() and metrics.read_text().count("\n") * 16 >= samples:
-            break
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
+def launch(world: int, words: list[str]) -> subprocess.Popen:
+    ranks = [PROGRAM.parent / TORCHRUN[0], *TORCHRUN[1:], str(world), "--no-python"] if world > 1 else []
+    return subprocess.Popen([*ranks, PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """The process and those it started: torchrun puts its workers into sessions of their own."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in (process.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        time.sleep(0.01)
+
+
+def steps(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.is_file() else 0
+
+
+def run_until(process: subprocess.Popen, folder: Path, step: int, pause: float = 0.0) -> bool:
+    """Whether it was killed, `pause` seconds after it logged `step`; it may have ended before."""
+    deadline = time.monotonic() + 200
+    while steps(folder) < step:
+        if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()[1].decode()
+            process.communicate()
+            return False
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(pause)
+    kill(process)
+    return True
 
 
 def on_ranks(world: int, words: list[str]) -> None:
     """Run `uniclip-train` under torchrun."""
-    done = command(*TORCHRUN, str(world), "--no-python", Path(sys.executable).parent / "uniclip-train", *words)
+    done = command(*TORCHRUN, str(world), "--no-python", PROGRAM, *words)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,54 +2,15 @@
 
 import os
 import random
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from runs import TORCHRUN, begin, losses, on_ranks, overrides, trace, weights
+from runs import PROGRAM, begin, kill, launch, losses, on_ranks, overrides, run_until, steps, trace, weights
 
 from trainer import checkpoint
 
-PROGRAM = Path(sys.executable).parent / "uniclip-train"
 OFTEN = {"run.save_every_samples": 32, "run.keep": 2}
-
-
-def launch(world: int, words: list[str]) -> subprocess.Popen:
-    ranks = [PROGRAM.parent / TORCHRUN[0], *TORCHRUN[1:], str(world), "--no-python"] if world > 1 else []
-    return subprocess.Popen([*ranks, PROGRAM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """The process and those it started: torchrun puts its workers into sessions of their own."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in (process.pid, *map(int, children)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        time.sleep(0.01)
-
-
-def steps(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.is_file() else 0
-
-
-def run_until(process: subprocess.Popen, folder: Path, step: int, pause: float = 0.0) -> bool:
-    """Whether it was killed, `pause` seconds after it logged `step`; it may have ended before."""
-    deadline = time.monotonic() + 200
-    while steps(folder) < step:
-        if process.poll() is not None:
-            assert process.returncode == 0, process.communicate()[1].decode()
-            process.communicate()
-            return False
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    time.sleep(pause)
-    kill(process)
-    return True
 
 
 def drill(scenes: Path, folder: Path, world: int, kills: int, stride: int) -> int:

@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import command
-from runs import TORCHRUN, begin, overrides, trace, weights
+from runs import PROGRAM, TORCHRUN, begin, overrides, trace, weights
 
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
@@ -19,8 +18,6 @@ from trainer.mirror import Mirror
 from trainer.orders import Orders
 from trainer.train import train
 from trainer.training import Training, restored, start
-
-PROGRAM = Path(sys.executable).parent / "uniclip-train"
 
 
 def started(scenes: Path, folder: Path, world: int = 1, **more) -> subprocess.Popen:

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import command
-from runs import begin, losses, on_ranks, overrides, run_until, trace, weights
+from runs import begin, launch, losses, on_ranks, overrides, run_until, trace, weights
 
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
@@ -41,8 +41,9 @@ def test_killed_and_resumed_equals_never_stopped(scenes, tmp_path, executor):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = {"data.executor": executor}
     begin(scenes, whole, **more)
-    run_until(killed, ["run", "scenes-tiny", *(w for o in overrides(scenes, killed, **more) for w in ("--set", o))], 150)
-    run_until(killed, ["resume", str(killed)], 300)
+    words = ["run", "scenes-tiny", *(w for o in overrides(scenes, killed, **more) for w in ("--set", o))]
+    assert run_until(launch(1, words), killed, 9)
+    assert run_until(launch(1, ["resume", str(killed)]), killed, 18)
     done = command("uniclip-train", "resume", killed)
     assert done.returncode == 0, done.stderr
     assert trace(killed) == trace(whole)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
-from runs import begin, on_ranks, overrides, run_until, weights
+from runs import begin, launch, on_ranks, overrides, run_until, weights
 from worlds import World
 
 from evaluation.evaluate import Bench, evaluate
@@ -96,7 +96,7 @@ def test_training_does_not_notice(scenes, finished, tmp_path):
 def test_killed_and_resumed_it_evaluates_as_if_never_stopped(scenes, held_out, finished, tmp_path):
     folder = tmp_path / "killed"
     words = overrides(scenes, folder, **wanted(scenes, held_out), **AVERAGED)
-    run_until(folder, ["run", "scenes-tiny", *(w for o in words for w in ("--set", o))], 130)
+    assert run_until(launch(1, ["run", "scenes-tiny", *(w for o in words for w in ("--set", o))]), folder, 9)
     done = command("uniclip-train", "resume", folder)
     assert done.returncode == 0, done.stderr
     assert lines(folder) == lines(finished)

@@ -198,6 +198,7 @@ def parallel(step: Step, ranks: Ranks, device: str, sharding: str = "none") -> n
         for method in ("encode_image", "encode_text", "image_features"):
             register_fsdp_forward_method(step.model, method)
         return step
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in torch 2.11
     gpu = [torch.device(device)] if device.startswith("cuda") else None
     return DistributedDataParallel(step, gpu, broadcast_buffers=False, find_unused_parameters=gpu is None)
 
