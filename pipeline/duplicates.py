@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.console import WorkFailed
 from pipeline.evalsets import EvalSet
 from pipeline.files import replacing, write_json
 from pipeline.groups import chained, named
@@ -30,13 +31,18 @@ class Found:
 
 
 def duplicates(index: Index, distance: int = DISTANCE, workers: int | None = None) -> Found:
-    """Fill the index's group column: equal for rows of one group, −1 for rows that are alone. The fingerprint stays."""
+    """Fill the index's group column: equal for rows of one group, −1 for rows that are alone. The fingerprint stays.
+
+    Raises WorkFailed where the index has become another meanwhile.
+    """
     hashes = index_hashes(index, workers)
     edges = [chained(hashes["bytes"]), chained(hashes["pixels"]), _near(hashes, distance)]
     group = named(np.concatenate(edges, axis=1), index.columns(np.arange(len(index)))["sample_id"])
     sizes = np.unique(group[group >= 0], return_counts=True)[1]
     found = Found(*(len(np.unique(edge)) for edge in edges), groups=len(sizes), rows=int(sizes.sum()),
                   largest=int(sizes.max(initial=0)))
+    if Index.open(index.folder).fingerprint != index.fingerprint:
+        raise WorkFailed(f"{index.folder}: the index was made anew meanwhile: run the same command again")
     _write_groups(index.folder / INDEX_NAME, group)
     write_json(index.folder / MANIFEST_NAME, {**index.manifest, "duplicates": {"distance": distance, **vars(found)}})
     return found

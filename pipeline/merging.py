@@ -24,7 +24,7 @@ from pipeline.tars import ROWS
 
 @dataclass(frozen=True)
 class Input:
-    """An index to unite. weight: how often an epoch should see each of its samples."""
+    """An index to unite. weight: how often an epoch should see each of its samples, times its own weights of sources."""
 
     folder: Path
     weight: float = 1.0
@@ -103,8 +103,9 @@ def _weights(indexes: list[tuple[Index, float]]) -> dict[str, float]:
         if not 0 <= weight < math.inf:
             raise InputError(f"{index.folder}: the weight {weight:g} is no number from 0 on: write DIR=2 or DIR=0.5")
         for source in index.manifest["sources"]:
-            if weights.setdefault(source, weight) != weight:
-                raise InputError(f"source {source!r} would weigh both {weights[source]} and {weight}: give its indexes the "
+            own = weight * index.manifest.get("weights", {}).get(source, 1)
+            if weights.setdefault(source, own) != own:
+                raise InputError(f"source {source!r} would weigh both {weights[source]} and {own}: give its indexes the "
                                  "same weight, or other names with `urls table --source`")
     return weights
 
@@ -144,6 +145,9 @@ def merge(out: Path, inputs: list[Input], command: str = "") -> dict:
     weights = _weights(indexes)
     if (before := manifest_of(out)) and "merged_from" not in before:
         raise InputError(f"{out} holds an index of its own, which merging would replace: give another folder")
+    for one in inputs:  # takedowns would no longer find the sources of what was here
+        if out.resolve() in {place.resolve() for place in places(one.folder)}:
+            raise InputError(f"{one.folder} needs {out}, which merging would replace: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     gone = Forgotten.read(out / FORGOTTEN_NAME)
     for index, _ in indexes:
@@ -157,8 +161,8 @@ def merge(out: Path, inputs: list[Input], command: str = "") -> dict:
     if not sum(len(shard.sample_id) for shard in shards):
         remove(out)
         raise WorkFailed(f"{out}: no sample is left of {len(inputs)} indexes")
-    if gone.ids:
-        gone.write(out / FORGOTTEN_NAME)
+    if gone.ids:  # read again: a takedown may have added to the list meanwhile
+        (gone | Forgotten.read(out / FORGOTTEN_NAME)).write(out / FORGOTTEN_NAME)
     more = {"weights": weights, "merged_from": [
         {"folder": os.path.relpath(index.folder, out), "fingerprint": index.fingerprint, "samples": len(index),
          "weight": weight, "excluded": index.manifest["counts"]["excluded"]} for index, weight in indexes]}

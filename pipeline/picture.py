@@ -153,11 +153,12 @@ def draw_replay(index: Index, out: Path, sample_id: int, vector: str, size: int)
     """
     _writable(out, {".png"})
     try:
-        vector_A = np.array(json.loads(vector), np.float32)
+        with np.errstate(over="ignore"):
+            vector_A = np.array(json.loads(vector), np.float32)
     except (ValueError, TypeError):
         vector_A = np.empty(0, np.float32)
-    if vector_A.shape != (VECTOR_SIZE,):
-        raise InputError(f"--vector {vector}: give a JSON list of {VECTOR_SIZE} numbers "
+    if vector_A.shape != (VECTOR_SIZE,) or not np.isfinite(vector_A).all():
+        raise InputError(f"--vector {vector}: give a JSON list of {VECTOR_SIZE} finite numbers "
                          f"({', '.join(field.name for field in VECTOR)})")
     row = find_sample(index, sample_id)
     if row is None:

@@ -84,6 +84,12 @@ class ShardReader:
     def expect(self, shards: Iterable[int]) -> None:
         """The kernel reads ahead by itself."""
 
+    def keep(self, shards: set[int]) -> None:
+        """Close all others: a file that was removed takes its space as long as it is open."""
+        with self._lock:
+            for shard in self._open.keys() - shards:
+                del self._open[shard]
+
     def close(self) -> None:
         """Close every file that nobody is reading."""
         with self._lock:
@@ -124,8 +130,10 @@ class RemoteShards:
 
     def expect(self, shards: Iterable[int]) -> None:
         """Copy these shards into the cache, as far as it has room."""
-        if self._cache:
-            self._cache.want(list(shards))
+        if self._cache and self._copies:
+            wanted = list(shards)
+            self._cache.want(wanted)
+            self._copies.keep(set(wanted))
 
     def close(self) -> None:
         """Close the copies."""

@@ -1,5 +1,6 @@
 """One WebDataset tar → the rows of the index, and what is unusable in it and why."""
 
+import glob
 import hashlib
 import json
 import mmap
@@ -225,6 +226,8 @@ def blank(path: Path, keys: Collection[str]) -> None:
     Every other byte keeps its place, so that no index of the tar can read a wrong image. A link's target is rewritten.
     """
     path = path.resolve()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a takedown that was killed
+        left.unlink(missing_ok=True)
     with replacing(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
         spans, end, at = list(_spans(old, keys)), path.stat().st_size, 0
         with mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:

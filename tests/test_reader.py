@@ -104,6 +104,9 @@ def test_the_cache_stays_within_its_bound(remote, tmp_path):
         held = copies(tmp_path / "cache")
         assert sum(path.stat().st_size for path in held) <= bound
         assert len(held) == 1
+        assert afar.read(wanted[-1], 0, 512)
+    opened = [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    assert not [name for name in opened if str(tmp_path) in name and name.endswith("(deleted)")]  # they would take space
     afar.close()
 
 

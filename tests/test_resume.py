@@ -239,8 +239,8 @@ def test_a_logged_sample_can_be_made_again(index, tmp_path):
     vector = json.dumps(batch.vectors[0, 1].tolist())
     draw_replay(index, out, int(batch.sample_id[0]), vector, 8)
     assert np.array_equal(normalised(np.asarray(Image.open(out))), batch.views[1][0].numpy())
-    for sample, told, message in ((1000, "[1]", "give a JSON list of 11 numbers"), (1000, "x", "give a JSON list"),
-                                   (1, vector, "has no sample with id 1")):
+    for sample, told, message in ((1000, "[1]", "give a JSON list of 11 finite numbers"), (1000, "x", "give a JSON list"),
+                                   (1, json.dumps([1e39] * 11), "11 finite numbers"), (1, vector, "has no sample with id 1")):
         with pytest.raises(InputError, match=message):
             draw_replay(index, out, sample, told, 8)
 

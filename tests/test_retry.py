@@ -121,8 +121,9 @@ def test_merge_unites_ids_and_keeps_weights_and_bytes(tmp_path):
         data = (index.folder / index.shards[at["shard"]]).read_bytes()[at["offset"]:at["offset"] + at["size"]]
         found.append((index.captions(row), index.source(row), data))
     assert found == [(["a0"], "one", PICTURES[0]), (["a1", "b1"], "one", PICTURES[1]), (["b3"], "two", PICTURES[3])]
-    again = merge(tmp_path / "twice", [Input(tmp_path / "all" / "merged", 1.0), Input(tmp_path / "a")])
+    again = merge(tmp_path / "twice", [Input(tmp_path / "all" / "merged", 2.0), Input(tmp_path / "a", 5.0)])
     assert again["counts"] == {"samples": 3, "merged": 2, "excluded": {}}
+    assert again["weights"] == {"one": 5.0, "two": 2.0}
     assert Index.open(tmp_path / "twice").shards[:1] == ["../a/00000.tar"]
 
 
@@ -136,6 +137,10 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
             merge(Path("out"), list(map(parse_input, words)))
     done = command("uniclip-data", "merge", "out", "a", "b", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "           2  samples in out/index.arrow\n"), done.stderr
+    merge(tmp_path / "more", [Input(tmp_path / "out")])
+    for inputs in ([Input(tmp_path / "out"), Input(tmp_path / "a")], [Input(tmp_path / "more")]):
+        with pytest.raises(InputError, match="needs .*out, which merging would replace"):
+            merge(tmp_path / "out", inputs)
     assert parse_input("a/b=0.5") == Input(parse_input("a/b").folder, 0.5)
 
 

@@ -20,8 +20,9 @@ from shards import drawing, write_set
 from test_download import HERE, url_table
 from webserver import serving
 
+from pipeline import merging
 from pipeline.card import write_card
-from pipeline.console import InputError
+from pipeline.console import InputError, WorkFailed
 from pipeline.download import Options, download
 from pipeline.duplicates import duplicates
 from pipeline.index import Index
@@ -274,10 +275,12 @@ def test_a_mirror_of_other_names_is_rewritten_too(tmp_path):
     pq.write_table(pa.table({"key": [f"{n:09}" for n in range(3)], "status": ["success"] * 3, "url": ["u"] * 3,
                              "error_message": pa.nulls(3)}), tmp_path / "mirror" / "cc3m-train-0000.parquet")
     build(tmp_path / "mirror", 1)
+    (tmp_path / "real" / ".store.tar.123.tmp").write_bytes(b"half a tar of a rewrite that was killed")
     done = forget(tmp_path / "mirror", parse(["http://h/1", "http://h/2"]), rewrite=True)
     assert (done.indexed, done.removed) == (1, 2)
     assert (tmp_path / "mirror" / "cc3m-train-0000.tar").is_symlink()
     assert b"broken" not in (tmp_path / "real" / "store.tar").read_bytes()
+    assert [path.name for path in (tmp_path / "real").iterdir() if path.is_file()] == ["store.tar"]
     assert images_of(tmp_path / "mirror") == {id_of("0"): PICTURES[0]}
     assert json.loads((tmp_path / "mirror" / "cc3m-train-0000_stats.json").read_text())["successes"] == 1
     assert build(tmp_path / "mirror", 1)["counts"] == {"samples": 1, "merged": 0, "excluded": {}}
@@ -293,6 +296,24 @@ def test_takedowns_at_once_wait_for_each_other(two):
     assert Forgotten.read(two / "a" / "forgotten.parquet").ids.keys() == {id_of("1"), id_of("2")}
     assert ids_of(two / "a") == {id_of("0"), id_of("3")}
     assert ids_of(two / "b") == {id_of("twin")}
+
+
+def test_a_takedown_while_an_index_is_made_is_not_lost(two, monkeypatch):
+    forget(two / "m", parse([sha256(PICTURES[1])]))
+    before, look = Index.open(two / "m"), merging.scans_below
+
+    def meanwhile(folder, named):
+        (Forgotten.read(two / "m" / "forgotten.parquet") | Forgotten({7: "late"})).write(two / "m" / "forgotten.parquet")
+        yield from look(folder, named)
+
+    monkeypatch.setattr(merging, "scans_below", meanwhile)
+    merge(two / "m", [Input(two / "a"), Input(two / "b")])
+    assert {7, id_of("1")} <= Forgotten.read(two / "m" / "forgotten.parquet").ids.keys()
+    monkeypatch.undo()
+    forget(two / "m", parse(["http://h/2"]))
+    with pytest.raises(WorkFailed, match="made anew meanwhile"):
+        duplicates(before, workers=1)
+    assert len(Index.open(two / "m")) == 4
 
 
 def test_samples_that_share_a_key_go_together(tmp_path):
