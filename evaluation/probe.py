@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from evaluation.catalogue import mean_per_class_is_main
 from evaluation.outcomes import Ranks
-from evaluation.regression import Linear, Problem
+from evaluation.regression import EXACT, Linear, Problem
 from evaluation.task import Finding, Job, Plan
 from evaluation.zeroshot import scores
 from pipeline.console import InputError, track
@@ -66,7 +66,7 @@ def measure_linear(job: Job) -> Finding:
 
     step, tried = bisect(fit)
     whole = Problem(h_NW, label_N, classes, job.subject.device)
-    final = whole.solve(10.0 ** EXPONENTS[step], tried[step][1])
+    final = whole.solve(10.0 ** EXPONENTS[step], tried[step][1], EXACT)
     ranks: Ranks = {"class": (_ranks(final.logits(test.h_NW), test.label_N), test.label_N)}
     return Finding(scores(ranks, classes, job.seed, mean_per_class_is_main(job.plan.splits["test"].name)), ranks,
                    details={"lambda": 10.0 ** EXPONENTS[step],

@@ -15,7 +15,7 @@ from evaluation import probe
 from evaluation.cache import Cache
 from evaluation.evaluate import Bench, evaluate
 from evaluation.probe import EXPONENTS, bisect, held_out
-from evaluation.regression import Problem
+from evaluation.regression import EXACT, Problem
 from evaluation.task import Job, Plan
 from pipeline.console import InputError
 from pipeline.evalsets import open_evalset, write_evalset
@@ -39,15 +39,14 @@ def test_a_fit_is_the_minimum_that_scikit_learn_finds(exponent: int) -> None:
     exact = LogisticRegression(C=10.0 ** -exponent, solver="newton-cholesky", tol=1e-10, max_iter=1000).fit(h_NW, label_N)
     test_NW = blobs(1)[0]
     ours, theirs = (torch.softmax(found.logits(test_NW), 1).numpy(), exact.predict_proba(test_NW))
-    assert np.abs(ours - theirs).max() < 5e-3 and np.abs(ours - theirs).mean() < 5e-4
-    assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.99
+    assert np.abs(ours - theirs).max() < 1e-4 and (ours.argmax(1) == theirs.argmax(1)).all()
 
 
 def test_a_warm_start_ends_where_a_cold_one_does() -> None:
     h_NW, label_N = blobs(2)
     problem = Problem(h_NW, label_N, 5, torch.device("cpu"))
     cold, warm = problem.solve(1.0), problem.solve(1.0, problem.solve(100.0))
-    torch.testing.assert_close(cold.logits(h_NW), warm.logits(h_NW), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(cold.logits(h_NW), warm.logits(h_NW), atol=1e-4, rtol=1e-4)
 
 
 def test_a_class_absent_from_the_fit_and_a_constant_feature_do_no_harm() -> None:
@@ -129,12 +128,16 @@ def test_neighbours_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_the_whole_protocol_against_scikit_learn_on_photographs(tmp_path: Path, capsys) -> None:
-    """CLIP's protocol with scikit-learn's L-BFGS against ours, on clothing.tar seen by a small untrained ViT."""
+    """CLIP's protocol with scikit-learn's L-BFGS against ours on clothing.tar; Newton's steps say where the minimum is.
+
+    An image of the test split is a hundred-thousandth of a logit's spread from the border, so a solver that stops where
+    scikit-learn's defaults do answers it by chance: ours has to be nearer to the minimum, and faster all the same.
+    """
     archive = SHARED / "data/clothing.tar"
     if not archive.exists():
         pytest.skip(f"needs {archive}: set UNICLIP_SHARED to the folder that has data/clothing.tar")
-    features = _photograph_features(archive, tmp_path)
-    (train, train_N), (held, held_N), (test, test_N) = features
+    (train, train_N), (held, held_N), (test, test_N) = _photograph_features(archive, tmp_path)
+    whole, whole_N = torch.cat([train, held]), np.concatenate([train_N, held_N])
     begin = time.perf_counter()
     problem = Problem(train, train_N, 10, torch.device("cpu"))
 
@@ -143,30 +146,37 @@ def test_the_whole_protocol_against_scikit_learn_on_photographs(tmp_path: Path, 
         return float((found.logits(held).argmax(1).numpy() == held_N).mean()), found
 
     our_step, our_path = bisect(ours)
-    whole, whole_N = torch.cat([train, held]), np.concatenate([train_N, held_N])
-    final = Problem(whole, whole_N, 10, torch.device("cpu")).solve(10.0 ** EXPONENTS[our_step], our_path[our_step][1])
-    our_accuracy, our_seconds = (final.logits(test).argmax(1).numpy() == test_N).mean(), time.perf_counter() - begin
+    final = Problem(whole, whole_N, 10, torch.device("cpu")).solve(10.0 ** EXPONENTS[our_step], our_path[our_step][1], EXACT)
+    our_seconds = time.perf_counter() - begin
 
-    def protocol(**options) -> tuple[int, dict, float, float]:
+    def protocol(**options) -> tuple[int, dict[int, float], np.ndarray, float]:
+        """λ's step, accuracy at each that was tried, scores of the test images, seconds."""
         begin = time.perf_counter()
 
         def theirs(step: int, near):
-            model = LogisticRegression(C=10.0 ** -EXPONENTS[step], **options).fit(train, train_N)
-            return float(model.score(held, held_N)), None
+            model = LogisticRegression(C=10.0 ** -EXPONENTS[step], **options).fit(train.double().numpy(), train_N)
+            return float(model.score(held.double().numpy(), held_N)), None
 
         step, path = bisect(theirs)
-        model = LogisticRegression(C=10.0 ** -EXPONENTS[step], **options).fit(whole, whole_N)
-        return step, path, float(model.score(test, test_N)), time.perf_counter() - begin
+        model = LogisticRegression(C=10.0 ** -EXPONENTS[step], **options).fit(whole.double().numpy(), whole_N)
+        score_NC = model.decision_function(test.double().numpy())
+        return step, {step: accuracy for step, (accuracy, _) in path.items()}, score_NC, time.perf_counter() - begin
 
-    exact_step, exact_path, exact_accuracy, _ = protocol(solver="newton-cholesky", tol=1e-8, max_iter=200)
-    step, _, accuracy, seconds = protocol(max_iter=1000)
+    exact_step, exact_path, exact_NC, _ = protocol(solver="newton-cholesky", tol=1e-12, max_iter=200)
+    step, path, their_NC, seconds = protocol(max_iter=1000)
+    our_NC = final.logits(test).numpy()
+    our_accuracy, accuracy, exact_accuracy = (float((score_NC.argmax(1) == test_N).mean())
+                                              for score_NC in (our_NC, their_NC, exact_NC))
+    our_error, their_error = (np.abs(score_NC - score_NC.mean(1, keepdims=True) - exact_NC).max()
+                              for score_NC in (our_NC, their_NC))
     with capsys.disabled():
-        print(f"\nprobe: λ 10^{EXPONENTS[our_step]:g}, accuracy {our_accuracy:.4f}, {our_seconds:.1f} s; "
-              f"exact: λ 10^{EXPONENTS[exact_step]:g}, {exact_accuracy:.4f}; L-BFGS of 1,000 steps: "
-              f"λ 10^{EXPONENTS[step]:g}, {accuracy:.4f}, {seconds:.1f} s = {seconds / our_seconds:.1f} times ours")
-    assert our_step == exact_step and list(our_path) == list(exact_path)
-    assert max(abs(our_path[s][0] - exact_path[s][0]) for s in our_path) <= 1.01 / len(held_N)
-    assert abs(our_accuracy - exact_accuracy) < 0.002 and seconds > 3 * our_seconds
+        print(f"\nprobe: λ 10^{EXPONENTS[our_step]:g}, accuracy {our_accuracy:.4f}, logits to {our_error:.0e}, "
+              f"{our_seconds:.1f} s; exact: λ 10^{EXPONENTS[exact_step]:g}, {exact_accuracy:.4f}; L-BFGS of 1,000 steps: "
+              f"λ 10^{EXPONENTS[step]:g}, {accuracy:.4f}, logits to {their_error:.0e}, {seconds:.1f} s = "
+              f"{seconds / our_seconds:.1f} times ours")
+    assert our_step == exact_step == step and {s: found[0] for s, found in our_path.items()} == exact_path
+    assert (our_NC.argmax(1) == exact_NC.argmax(1)).all() and our_error < 1e-4 < their_error
+    assert abs(our_accuracy - accuracy) < 0.002 and seconds > 3 * our_seconds
 
 
 def _photograph_features(archive: Path, tmp_path: Path):
