@@ -9,6 +9,8 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Int
+from torch import Tensor
 
 T = TypeVar("T")
 IMAGE_BATCH, TEXT_BATCH = 64, 256
@@ -40,11 +42,26 @@ def text_batches(token_NL: np.ndarray, padding: int | None, size: int) -> list[t
     return [(at_n[begin:begin + size], length) for at_n, length in places for begin in range(0, len(at_n), size)]
 
 
+def text_lengths(context: int) -> list[int]:
+    """How many columns texts may be encoded with."""
+    return [*(length for length in LENGTHS if length < context), context]
+
+
+def without_padding(token_BTL: Int[Tensor, "B T L"], end_id: int) -> Int[Tensor, "B T X"]:
+    """The first columns, as many as the longest of these texts needs.
+
+    What follows a text's end token changes neither its embedding nor a gradient, but costs the tower as much as words.
+    """
+    columns = token_BTL.shape[2]
+    used = int((token_BTL == end_id).cumsum(2).eq(0).sum(2).max()) + 1 if len(token_BTL) else columns
+    return token_BTL[:, :, :next(length for length in text_lengths(columns) if length >= min(used, columns))]
+
+
 def _lengths(token_NL: np.ndarray, padding: int | None) -> np.ndarray:
     """How many columns each text is encoded with."""
     full = token_NL.shape[1]
     if padding is None:
         return np.full(len(token_NL), full)
     used_N = full - np.argmax(token_NL[:, ::-1] != padding, axis=1)
-    steps = np.array([*(length for length in LENGTHS if length < full), full])
+    steps = np.array(text_lengths(full))
     return steps[np.searchsorted(steps, used_N)]

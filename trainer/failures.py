@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from pipeline.console import InputError, WorkFailed, say
 from pipeline.schema import Batch
 from trainer import checkpoint
+from trainer.batches import without_padding
 from trainer.config import Config
 from trainer.distributed import chunks, forward_backward, process_group
-from trainer.objective import Objective
+from trainer.objectives import Objective
 from trainer.training import Training, pick_device, restored, snapshot
 
 FOLDER, KEPT = "failures", 3
@@ -71,8 +72,9 @@ def replay(folder: Path) -> None:
         batch = _batch(config, t, kept)
         if len(kept) == ranks.world:
             torch.set_rng_state(load_file(kept[ranks.rank])["rng"])
-        objective = Objective(config, ranks)
-        parts = chunks(config.optim.accumulation, batch.views, batch.vectors, batch.tokens)
+        objective = Objective(config, ranks, t.model.auxiliary)
+        tokens = without_padding(batch.tokens, t.tokenizer.end_id)
+        parts = chunks(config.optim.accumulation, batch.views, batch.vectors, tokens)
         loss = forward_backward(t.step_of, parts, objective.of(batch), ranks)
         for line in _findings(t, objective, batch, loss):
             say(line)

@@ -3,6 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.batches import text_lengths
 from trainer.model import UniCLIP
 
 # Dense bf16 peaks in FLOP/s, by a part of the name that torch gives the device (vendors' data sheets).
@@ -10,8 +11,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200"
          "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
 
 
-def flops_per_sample(model: UniCLIP, views: int, batch: int) -> float:
-    """Forward and backward of one group in a global batch of `batch`: towers, heads, and its share of the loss.
+def flops_by_length(model: UniCLIP, views: int, batch: int) -> dict[int, float]:
+    """Forward and backward of one group in a global batch of `batch`: towers, heads, its share of the loss; by text length.
 
     A backward pass is two forward passes; the loss is one product of M × D by D × M with M = (V + 1)·batch.
     """
@@ -20,11 +21,19 @@ def flops_per_sample(model: UniCLIP, views: int, batch: int) -> float:
     image = torch.zeros(1, 3, size, size, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as image_counter:
         model.encode_image(image)
-    with torch.no_grad(), FlopCounterMode(display=False) as text_counter:
-        model.encode_text(torch.zeros(1, context, dtype=torch.long, device=device))
     members, dim = (views + 1) * batch, model.text_head.out_features
     loss = 2 * members * dim * (views + 1)
-    return 3.0 * (views * image_counter.get_total_flops() + text_counter.get_total_flops() + loss)
+    flops = {}
+    for length in text_lengths(context):
+        with torch.no_grad(), FlopCounterMode(display=False) as text_counter:
+            model.encode_text(torch.zeros(1, length, dtype=torch.long, device=device))
+        flops[length] = 3.0 * (views * image_counter.get_total_flops() + text_counter.get_total_flops() + loss)
+    return flops
+
+
+def flops_per_sample(model: UniCLIP, views: int, batch: int) -> float:
+    """The same with a text as long as it can be."""
+    return max(flops_by_length(model, views, batch).values())
 
 
 def peak_flops(device: str) -> float | None:

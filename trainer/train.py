@@ -13,14 +13,15 @@ from torch import nn
 from pipeline.console import WorkFailed, say
 from pipeline.ledger import Ledger
 from trainer import checkpoint
+from trainer.batches import without_padding
 from trainer.config import Config
 from trainer.distributed import chunks, forward_backward, process_group, whole
 from trainer.failures import Skips
-from trainer.flops import flops_per_sample, peak_flops
+from trainer.flops import flops_by_length, peak_flops
 from trainer.log import LEDGER, Log
 from trainer.losses import NoValidGroup
 from trainer.mirror import Mirror
-from trainer.objective import Objective
+from trainer.objectives import Objective
 from trainer.optim import learning_rate, set_rate
 from trainer.orders import Orders, Stopped
 from trainer.training import Training, pick_device, restored, snapshot, start
@@ -62,7 +63,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
     ranks.wait()  # nobody reads or adds to the ledger before rank 0 has cut it back
     ledger = Ledger.resumed(run.folder / LEDGER, config.data.bad_sample_budget, t.cursor.samples_seen, ranks.sum)
     loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ranks.rank, ranks.world, ledger)
-    objective, skips = Objective(config, ranks), Skips(run.folder, optim.skips)
+    objective, skips = Objective(config, ranks, t.model.auxiliary), Skips(run.folder, optim.skips)
     stream, clock = iter(loader), Clock(config, t)
     try:
         with clock.paused():
@@ -80,7 +81,8 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
             rate = learning_rate(optim, t.cursor.samples_seen)
             set_rate(t.optimizer, rate)
             t.optimizer.zero_grad(set_to_none=True)
-            parts = chunks(optim.accumulation, batch.views, batch.vectors, batch.tokens)
+            tokens = without_padding(batch.tokens, t.tokenizer.end_id)
+            parts = chunks(optim.accumulation, batch.views, batch.vectors, tokens)
             try:
                 loss = forward_backward(t.step_of, parts, objective.of(batch), ranks)
             except NoValidGroup as error:
@@ -95,10 +97,12 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
             else:
                 t.optimizer.step()
                 t.model.similarity.clamp_()
+                objective.keep(batch)
                 if t.average:
                     t.average.update(optim.batch_size)
 
             before, t.cursor, t.step = t.cursor.samples_seen, after, t.step + 1
+            clock.worked(optim.batch_size, tokens.shape[2])
             if log and logged and not bad:
                 log.write({"step": t.step, "samples": after.samples_seen, "loss": loss.item(), "lr": rate,
                            "grad_norm": gradient.item(), "grad_norms": of_parts, "skipped": t.skipped,
@@ -171,7 +175,7 @@ class Clock:
     def __init__(self, config: Config, t: Training):
         self._begin = self._lap = self._saved = time.perf_counter()
         self._samples, self._waited, self._since = t.cursor.samples_seen, 0.0, 0.0
-        self._flops = flops_per_sample(t.model, len(t.recipe.kinds), config.optim.batch_size) / t.ranks.world
+        self._flops, self._work = flops_by_length(t.model, len(t.recipe.kinds), config.optim.batch_size), 0.0
         self._peak, self._every = peak_flops(t.device), 60 * config.run.save_every_minutes
 
     def waiting(self) -> "Clock":
@@ -191,6 +195,10 @@ class Clock:
         yield
         self._lap += time.perf_counter() - begin
 
+    def worked(self, samples: int, length: int) -> None:
+        """A step of so many samples of the global batch is done, their texts encoded with `length` columns."""
+        self._work += samples * self._flops[length]
+
     @property
     def total(self) -> float:
         """Seconds since the start of this process's training."""
@@ -208,13 +216,13 @@ class Clock:
         """Rates since the last call: samples and views of the global batch, TFLOP/s and MFU of one device, GiB of memory."""
         now, samples = time.perf_counter(), t.cursor.samples_seen
         took = max(now - self._lap, 1e-9)
-        rate = (samples - self._samples) / took
+        rate, work = (samples - self._samples) / took, self._work / t.ranks.world
         numbers = {"samples_per_second": rate, "views_per_second": rate * len(t.recipe.kinds),
-                   "data_wait": self._waited / took, "tflops": rate * self._flops / 1e12, "memory_gib": _memory(t.device),
+                   "data_wait": self._waited / took, "tflops": work / took / 1e12, "memory_gib": _memory(t.device),
                    "seconds": t.seconds + self.total}
         if self._peak:
-            numbers["mfu"] = rate * self._flops / self._peak
-        self._lap, self._samples, self._waited = now, samples, 0.0
+            numbers["mfu"] = work / took / self._peak
+        self._lap, self._samples, self._waited, self._work = now, samples, 0.0, 0.0
         return numbers
 
 
