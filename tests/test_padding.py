@@ -52,6 +52,6 @@ def test_a_text_without_an_end_keeps_every_column():
 
 
 def test_only_columns_that_are_encoded_count_as_work():
-    flops = flops_by_length(model("start"), 3, 16)
+    flops = flops_by_length(model("start").float(), 3, 16)
     assert sorted(flops) == [*LENGTHS, CONTEXT]
-    assert flops[12] < flops[48] < flops[CONTEXT] == flops_per_sample(model("start"), 3, 16)
+    assert flops[12] < flops[48] < flops[CONTEXT] == flops_per_sample(model("start").float(), 3, 16)
