@@ -181,7 +181,7 @@ WRONG = [
     (["run", "scenes-tiny", "--set", "run.device=cuda:7"], 2, "no CUDA device"),
     (["run", "scenes-tiny", "--set", "model.image.arch=resnet50"], 2, "[model] cannot be built"),
     (["run", "scenes-tiny", "--set", "model.image.heads=5"], 2, "[model] cannot be built"),
-    (["run", "scenes-tiny", "--set", "run.folder=/proc/nowhere/run"], 1, "/proc/nowhere"),
+    (["run", "scenes-tiny", "--set", "run.folder=/proc/nowhere/run"], 2, "/proc/nowhere"),
     (["resume", "nowhere"], 2, "holds no checkpoint"),
 ]
 
