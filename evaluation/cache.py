@@ -1,5 +1,7 @@
 """Features once: h and z of a set under a name made of everything they depend on, memory-mapped, shared by all tasks.
 
+With several ranks each writes its batches to their places in one file, in a folder that all must see.
+
     CACHE/<key>/meta.json  h.f32  z.f32  targets.json      pictures of one split
     CACHE/<key>/meta.json  z.f32                           texts
 """
@@ -8,20 +10,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.embed import embed_images, embed_texts, placed
+from evaluation.embed import embed_images, placed, text_parts
 from evaluation.subject import Subject
+from pipeline.console import WorkFailed
 from pipeline.evalsets import EvalSet, Target
 from pipeline.files import write_json
+from trainer.batches import IMAGE_BATCH
+from trainer.distributed import ALONE, Ranks
 
 VERSION = 1
 META, TARGETS = "meta.json", "targets.json"
@@ -47,29 +53,34 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder, self.hits, self.misses = folder, 0, 0
 
-    def images(self, subject: Subject, evalset: EvalSet) -> Features:
-        """The features of a split. Raises WorkFailed for an image that cannot be decoded."""
+    def images(self, subject: Subject, evalset: EvalSet, ranks: Ranks = ALONE) -> Features:
+        """The features of a split, computed by all of `ranks` together. Raises WorkFailed for an undecodable image."""
         entry = self._entry("images", subject.weights_sha256, evalset.manifest_sha256, subject.transform,
                             subject.device.type)
-        if not self._found(entry):
-            with _building(entry) as folder:
-                _store_images(folder, subject, evalset)
+        if not self._found(entry, ranks):
+            with _building(entry, ranks) as folder:
+                _store_images(folder, subject, evalset, ranks)
         targets = json.loads((entry / TARGETS).read_text(encoding="utf-8"))
         return Features(_mapped(entry, "h"), _mapped(entry, "z"), targets)
 
-    def texts(self, subject: Subject, texts: list[str]) -> Tensor:
-        """(T, D) embeddings of prompts or captions, not normalised."""
+    def texts(self, subject: Subject, texts: list[str], ranks: Ranks = ALONE) -> Tensor:
+        """(T, D) embeddings of prompts or captions, not normalised, computed by all of `ranks` together."""
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         entry = self._entry("texts", subject.weights_sha256, subject.text_sha256, digest, subject.device.type)
-        if not self._found(entry):
-            with _building(entry) as folder:
-                _store_arrays(folder, ("z",), [(embed_texts(subject, texts).numpy(),)])
+        if not self._found(entry, ranks):
+            with _building(entry, ranks) as folder:
+                parts = ((rows, (z_BD,)) for rows, z_BD in text_parts(subject, texts, ranks))
+                _store_arrays(folder, ("z",), parts, lambda: len(texts), ranks)
         return _mapped(entry, "z")
 
     def _entry(self, *depends_on: str) -> Path:
         return self.folder / hashlib.sha256(json.dumps([VERSION, *depends_on]).encode()).hexdigest()[:32]
 
-    def _found(self, entry: Path) -> bool:
+    def _found(self, entry: Path, ranks: Ranks) -> bool:
+        """Whether the first rank finds the entry whole."""
+        return ranks.any(ranks.rank == 0 and self._whole(entry))[0]
+
+    def _whole(self, entry: Path) -> bool:
         """Whether the entry is there and its files are as long as it says; a damaged one is removed."""
         whole = (entry / META).exists()
         if whole:
@@ -82,23 +93,31 @@ class Cache:
 
 
 @contextmanager
-def _building(entry: Path) -> Iterator[Path]:
-    """A folder that takes the entry's name when the block ends well; leavings of killed processes are removed."""
-    for left in entry.parent.glob(".*.partial"):
-        if not Path(f"/proc/{left.name.split('.')[-2]}").exists():
-            shutil.rmtree(left, ignore_errors=True)
-    partial = entry.with_name(f".{entry.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+def _building(entry: Path, ranks: Ranks) -> Iterator[Path]:
+    """A folder that takes the entry's name when the block ends well on all ranks; leavings of killed processes are removed."""
+    first = ranks.rank == 0
+    partial = entry.with_name(f".{entry.name}.{ranks.sum(first * os.getpid())[0]}.partial")
+    if first:
+        for left in entry.parent.glob(".*.partial"):
+            if not Path(f"/proc/{left.name.split('.')[-2]}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.wait()
     try:
-        yield partial
-        if entry.exists():  # another process was faster; what it wrote is the same
-            return
-        partial.rename(entry)
+        with ranks.agreeing():
+            if not partial.exists():
+                raise WorkFailed(f"rank {ranks.rank} does not see {partial.parent}, rank 0 does: give a --cache on a disk that "
+                                 "all machines share")
+            yield partial
+        if first and not entry.exists():  # else another process was faster; what it wrote is the same
+            partial.rename(entry)
+        ranks.wait()
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _store_images(folder: Path, subject: Subject, evalset: EvalSet) -> None:
+def _store_images(folder: Path, subject: Subject, evalset: EvalSet, ranks: Ranks) -> None:
     targets: list[Target] = []
 
     def noted():
@@ -106,23 +125,30 @@ def _store_images(folder: Path, subject: Subject, evalset: EvalSet) -> None:
             targets.append(example[3])
             yield example
 
-    _store_arrays(folder, ("h", "z"), embed_images(subject, noted()))
-    write_json(folder / TARGETS, targets)
+    places = count(ranks.rank * IMAGE_BATCH, ranks.world * IMAGE_BATCH)
+    parts = ((range(place, place + len(arrays[0])), arrays)
+             for place, arrays in zip(places, embed_images(subject, noted(), ranks), strict=False))
+    _store_arrays(folder, ("h", "z"), parts, lambda: len(targets), ranks)
+    if ranks.rank == 0:
+        write_json(folder / TARGETS, targets)
 
 
-def _store_arrays(folder: Path, names: tuple[str, ...], batches: Iterable[tuple[np.ndarray, ...]]) -> None:
-    """Raw fp32 rows, so that they can be appended while their number is not known; the shapes go to meta.json."""
-    rows, widths = 0, [0] * len(names)
-    files = [(folder / f"{name}.f32").open("wb") for name in names]
-    try:
-        for arrays in batches:
+def _store_arrays(folder: Path, names: tuple[str, ...], parts: Iterable[tuple[Iterable[int], tuple[np.ndarray, ...]]],
+                  total: Callable[[], int], ranks: Ranks) -> None:
+    """Raw fp32 rows at their places, so that their number need not be known before; the first rank tells the shapes."""
+    widths = [0] * len(names)
+    for name in names:
+        (folder / f"{name}.f32").touch()
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / f"{name}.f32").open("r+b")) for name in names]
+        for places, arrays in parts:
             for file, x_NW in zip(files, arrays, strict=True):
-                file.write(np.ascontiguousarray(x_NW, np.float32).tobytes())
-            rows, widths = rows + len(arrays[0]), [x_NW.shape[1] for x_NW in arrays]
-    finally:
-        for file in files:
-            file.close()
-    write_json(folder / META, {name: [rows, width] for name, width in zip(names, widths, strict=True)})
+                for place, x_W in zip(places, np.ascontiguousarray(x_NW, np.float32), strict=True):
+                    file.seek(int(place) * x_W.nbytes)
+                    file.write(x_W.tobytes())
+            widths = [x_NW.shape[1] for x_NW in arrays]
+    if ranks.rank == 0:
+        write_json(folder / META, {name: [total(), width] for name, width in zip(names, widths, strict=True)})
 
 
 def _mapped(entry: Path, name: str) -> Tensor:

@@ -1,12 +1,14 @@
 """`uniclip-eval`: parse, call one function, print. Heavy imports live inside the commands."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evaluation.cli_data import data
-from pipeline.console import InputError, WorkFailed, run, say
+from pipeline.console import InputError, WorkFailed, quiet, run, say
 from pipeline.console import app as make_app
 from pipeline.console import out as console
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 app = make_app("Zero-shot, probes, retrieval, fine-tuning, comparisons and reports, with intervals and provenance.",
                "uniclip-eval zeroshot runs/scenes-tiny evalsets/colour && uniclip-eval report runs/scenes-tiny")
 app.add_typer(data, name="data")
+
+PATIENCE_MINUTES = 24 * 60  # of the other ranks while the first one fits a probe
 
 Paths = Annotated[list[Path], typer.Argument(metavar="[CHECKPOINT] SET...", help="A run folder, or a folder inside its "
                   "checkpoints/ (not with --open-clip), then set folders.")]
@@ -82,13 +86,13 @@ def suite(
     """
     from evaluation.suite import suite as run_suite
 
-    bench, (root, *others) = _bench(paths, out, cache, device, open_clip, weights)
-    if others:
-        raise InputError(f"suite takes one folder of sets; {others[0]} is one too many")
-    rows, left = run_suite(bench, root, split)
-    _show(bench.out, rows)
-    if not rows:
-        raise WorkFailed(f"nothing under {root} could be measured ({len(left)} reasons above)")
+    with _bench(paths, out, cache, device, open_clip, weights) as (bench, (root, *others)):
+        if others:
+            raise InputError(f"suite takes one folder of sets; {others[0]} is one too many")
+        rows, left = run_suite(bench, root, split)
+        _show(bench.out, rows)
+        if not rows and bench.ranks.rank == 0:
+            raise WorkFailed(f"nothing under {root} could be measured ({len(left)} reasons above)")
 
 
 @app.command()
@@ -114,8 +118,10 @@ def compare(
 
 @app.command()
 def finetune(
-    checkpoint: Annotated[Path, typer.Argument(help="Run folder, or a folder inside its checkpoints/.")],
-    folder: Annotated[Path, typer.Argument(metavar="SET", help="A classification set with splits train and test.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT SET", help="A run, checkpoint or export folder of ours, "
+                                                "then a classification set with a split train.")],
+    split: Annotated[str, typer.Option(help="What is measured, and not trained on: validation to choose a recipe, test once "
+                                       "it is chosen.")] = "test",
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=2)] = 64,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the head and the last layer.")] = 1e-3,
@@ -126,7 +132,7 @@ def finetune(
     augment: Annotated[str, typer.Option(help="timm's auto_augment, empty for none.")] = "rand-m5-mstd0.5-inc1",
     erasing: Annotated[float, typer.Option(help="Share of pictures with a patch erased.")] = 0.1,
     seed: Annotated[int, typer.Option()] = 0,
-    out: Out = None, device: Device = "auto",
+    out: Out = None, device: Device = "auto", open_clip: Arch = None, weights: Weights = None,
 ) -> None:
     """Train the image tower and a classifier on a set, then test once. Run again, it goes on where it was stopped.
 
@@ -137,8 +143,11 @@ def finetune(
 
     recipe = Recipe(epochs, batch_size, lr, layer_decay, mixup, cutmix, smallest_crop=smallest_crop, augment=augment,
                     erasing=erasing, seed=seed)
-    bench, _ = _bench([checkpoint, folder], out, None, device, None, None)
-    _show(bench.out, run_finetune(bench, folder, recipe))
+    with _bench(paths, out, None, device, open_clip, weights) as (bench, (folder, *others)):
+        if others or bench.ranks.world > 1:
+            raise InputError(f"finetune takes one set; {others[0]} is one too many" if others else
+                             "finetune runs in one process: start it without torchrun")
+        _show(bench.out, run_finetune(bench, folder, recipe, split))
 
 
 @app.command()
@@ -169,19 +178,25 @@ def clip_benchmark(context: typer.Context) -> None:
     run_it(context.args)
 
 
+@contextmanager
 def _bench(paths: list[Path], out: Path | None, cache: Path | None, device: str, open_clip: str | None,
-           weights: Path | None) -> "tuple[Bench, list[Path]]":
-    """The model with its files, and the paths that are not the model's."""
+           weights: Path | None) -> "Iterator[tuple[Bench, list[Path]]]":
+    """The model with its files and, under torchrun, its ranks, of which one speaks; and the paths that are not the model's."""
     from evaluation.evaluate import Bench
-    from evaluation.subject import checkpoint_subject, open_clip_subject
+    from evaluation.subject import checkpoint_subject, open_clip_subject, pick_device
+    from trainer.batches import IMAGE_BATCH
+    from trainer.distributed import process_group
 
     if (open_clip is None) != (weights is None):
         raise InputError("--open-clip ARCH and --weights FILE go together")
     if len(paths) < (1 if open_clip else 2):
         raise InputError("give a checkpoint and at least one set" if not open_clip else "give at least one set")
-    if open_clip and weights:
-        return Bench.of(open_clip_subject(open_clip, weights, device), out, cache), paths
-    return Bench.of(checkpoint_subject(paths[0], device), out, cache), paths[1:]
+    cure = "start again: what is finished is kept"
+    with process_group(IMAGE_BATCH, pick_device(device), PATIENCE_MINUTES, cure) as (ranks, own), quiet(ranks.rank > 0):
+        if open_clip and weights:
+            yield Bench.of(open_clip_subject(open_clip, weights, own), out, cache, ranks), paths
+        else:
+            yield Bench.of(checkpoint_subject(paths[0], own), out, cache, ranks), paths[1:]
 
 
 def _task(task: str, paths: list[Path], split: str, out: Path | None, cache: Path | None, device: str,
@@ -190,8 +205,8 @@ def _task(task: str, paths: list[Path], split: str, out: Path | None, cache: Pat
 
     for folder in paths if open_clip else paths[1:]:
         planned(task, folder, split, templates)  # a wrong set is told before a model is loaded
-    bench, folders = _bench(paths, out, cache, device, open_clip, weights)
-    _show(bench.out, evaluate(task, bench, folders, split, templates))
+    with _bench(paths, out, cache, device, open_clip, weights) as (bench, folders):
+        _show(bench.out, evaluate(task, bench, folders, split, templates))
 
 
 def _table(*columns: str, left: int):

@@ -14,6 +14,7 @@ from pipeline.console import WorkFailed, track
 from pipeline.evalsets import EvalSet, Target
 from pipeline.images import Undecodable
 from trainer.batches import IMAGE_BATCH, TEXT_BATCH, batched, filled, text_batches
+from trainer.distributed import ALONE, Ranks
 
 Example = tuple[Path, str, bytes, Target]  # shard, key, encoded image, label or captions
 
@@ -42,25 +43,32 @@ def _fixed(encode: Callable[[Tensor], tuple[Tensor, ...]], items_NX: np.ndarray,
     return [x[:len(items_NX)].float().cpu().numpy() for x in encoded]
 
 
-def embed_images(subject: Subject, examples: Iterable[Example]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield h (n, W) and z (n, D) of one batch after another, not normalised, fp32.
+def embed_images(subject: Subject, examples: Iterable[Example], ranks: Ranks = ALONE
+                 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield h (n, W) and z (n, D) of one batch after another, not normalised, fp32. Rank r of W embeds every W-th batch.
 
     Raises WorkFailed naming shard and key of an image that cannot be decoded.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in track(batched(examples, IMAGE_BATCH), "embedding images"):
+        for number, batch in enumerate(track(batched(examples, IMAGE_BATCH), "embedding images")):
+            if number % ranks.world != ranks.rank:
+                continue
             pixels_BCHW = np.stack(list(pool.map(lambda example: _pixels(subject, example), batch)))
             h_BW, z_BD = _fixed(subject.encode_image, pixels_BCHW, IMAGE_BATCH, subject.device)
             yield h_BW, z_BD
 
 
-def embed_texts(subject: Subject, texts: list[str]) -> Tensor:
-    """(N, D) embeddings of captions or prompts, not normalised, fp32 on the CPU."""
+def text_parts(subject: Subject, texts: list[str], ranks: Ranks = ALONE) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (places in `texts`, their embeddings (n, D), not normalised, fp32). Rank r of W embeds every W-th batch."""
     token_NL = np.concatenate([subject.tokenize(batch) for batch in batched(texts, 16 * TEXT_BATCH)])
-    found: np.ndarray | None = None
-    for rows, length in track(text_batches(token_NL, subject.padding, TEXT_BATCH), "embedding texts"):
+    own = text_batches(token_NL, subject.padding, TEXT_BATCH)[ranks.rank::ranks.world]
+    for rows, length in track(own, "embedding texts"):
         z_BD, = _fixed(lambda token_BL: (subject.encode_text(token_BL),), token_NL[rows, :length], TEXT_BATCH,
                        subject.device)
-        found = np.empty((len(texts), z_BD.shape[1]), np.float32) if found is None else found
-        found[rows] = z_BD
-    return torch.from_numpy(found)
+        yield rows, z_BD
+
+
+def embed_texts(subject: Subject, texts: list[str]) -> Tensor:
+    """(N, D) embeddings of captions or prompts, not normalised, fp32 on the CPU."""
+    row_N, z_ND = map(np.concatenate, zip(*text_parts(subject, texts), strict=True))
+    return torch.from_numpy(z_ND[np.argsort(row_N)])

@@ -17,6 +17,7 @@ from evaluation.task import Finding, Job, Plan
 from pipeline.console import InputError, say
 from pipeline.evalsets import CLASSIFICATION, RETRIEVAL, EvalSet, open_evalset
 from pipeline.versions import versions
+from trainer.distributed import ALONE, Ranks
 
 SEED = 0  # of the bootstrap, of held-out images and of the choice of examples
 RESULTS, FEATURES = "results.jsonl", "features"
@@ -29,11 +30,12 @@ class Task:
     kind: str
     plan: Callable[[EvalSet, Path, str], Plan]
     measure: Callable[[Job], Finding]
+    texts: Callable[[Job], list[str]] = lambda job: []  # that it will embed
 
 
 TASKS = {
-    "zeroshot": Task(CLASSIFICATION, zeroshot.plan, zeroshot.measure),
-    "retrieval": Task(RETRIEVAL, retrieval.plan, retrieval.measure),
+    "zeroshot": Task(CLASSIFICATION, zeroshot.plan, zeroshot.measure, zeroshot.texts),
+    "retrieval": Task(RETRIEVAL, retrieval.plan, retrieval.measure, retrieval.texts),
     "probe": Task(CLASSIFICATION, probe.plan_linear, probe.measure_linear),
     "knn": Task(CLASSIFICATION, probe.plan_neighbours, probe.measure_neighbours),
 }
@@ -41,17 +43,18 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """A model with the file its results go to and the cache of its features."""
+    """A model with the file its results go to, the cache of its features, and the ranks that compute these together."""
 
     subject: Subject
     out: Path
     cache: Cache
+    ranks: Ranks = ALONE
 
     @classmethod
-    def of(cls, subject: Subject, out: Path | None = None, cache: Path | None = None) -> "Bench":
+    def of(cls, subject: Subject, out: Path | None = None, cache: Path | None = None, ranks: Ranks = ALONE) -> "Bench":
         """Results in the run's folder and features beside the results, unless told otherwise."""
         out = out or subject.home / RESULTS
-        return cls(subject, out, Cache(cache or out.parent / FEATURES))
+        return cls(subject, out, Cache(cache or out.parent / FEATURES), ranks)
 
 
 def evaluate(task: str, bench: Bench, folders: Sequence[Path], split: str = "test", templates: str = OWN) -> list[Row]:
@@ -74,22 +77,43 @@ def planned(task: str, folder: Path, split: str, templates: str = OWN) -> Plan:
 
 def perform(task: str, bench: Bench, plan: Plan) -> list[Row]:
     """The rows of one task on one set, measured unless the results file has them."""
-    return record(task, bench, plan, TASKS[task].measure)
+    return record(task, bench, plan, TASKS[task].measure, lambda job: _embed(TASKS[task], job, bench.ranks))
 
 
-def record(task: str, bench: Bench, plan: Plan, measure: Callable[[Job], Finding]) -> list[Row]:
-    """The rows the results file has for this model, plan and task; else those of `measure`, then stored."""
+def _embed(task: Task, job: Job, ranks: Ranks) -> None:
+    """Compute the features the task will ask for, on all ranks together."""
+    for evalset in job.plan.splits.values():
+        job.cache.images(job.subject, evalset, ranks)
+    if texts := task.texts(job):
+        job.cache.texts(job.subject, texts, ranks)
+
+
+def record(task: str, bench: Bench, plan: Plan, measure: Callable[[Job], Finding],
+           prepare: Callable[[Job], None] = lambda job: None) -> list[Row]:
+    """The rows the results file has for this model, plan and task; else those of `measure`, then stored.
+
+    All ranks prepare, the first one measures and stores; the others return no new rows.
+    """
     evalset, subject = plan.splits["test"], bench.subject
     provenance = Provenance(evalset.name, evalset.split, task, subject.weights_sha256, plan.data_sha256,
                             plan.prompts_sha256, subject.transform, plan.protocol)
-    finished = [row for row in read_rows(bench.out) if provenance.fits(row)]
-    if finished:
-        say(f"{evalset.name} ({evalset.split}), {task}: finished on {finished[0].get('created')}, skipped")
+    first = bench.ranks.rank == 0
+    with bench.ranks.agreeing():
+        finished = [row for row in read_rows(bench.out) if provenance.fits(row)] if first else []
+    if bench.ranks.any(bool(finished))[0]:
+        if first:
+            say(f"{evalset.name} ({evalset.split}), {task}: finished on {finished[0].get('created')}, skipped")
         return finished
     key = hashlib.sha256(json.dumps(asdict(provenance)).encode()).hexdigest()[:32]
-    begin = time.perf_counter()
-    found = measure(Job(subject, plan, bench.cache, SEED, bench.out.parent / task / key))
-    return _store(bench, provenance, found, key, time.perf_counter() - begin)
+    begin, job = time.perf_counter(), Job(subject, plan, bench.cache, SEED, bench.out.parent / task / key)
+    if bench.ranks.world > 1:
+        prepare(job)
+    rows: list[Row] = []
+    with bench.ranks.agreeing():
+        if first:
+            found = measure(job)
+            rows = _store(bench, provenance, found, key, time.perf_counter() - begin)
+    return rows
 
 
 def _store(bench: Bench, provenance: Provenance, found: Finding, key: str, seconds: float) -> list[Row]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from evaluation.catalogue import mean_per_class_is_main
 from evaluation.evaluate import Bench, record
 from evaluation.outcomes import Ranks
+from evaluation.probe import VALIDATION
 from evaluation.results import Row
 from evaluation.subject import Subject
 from evaluation.task import Finding, Plan
@@ -64,20 +65,30 @@ class Recipe:
         return "fine-tuned, " + ", ".join(f"{name} {value}" for name, value in asdict(self).items())
 
 
-def finetune(bench: Bench, folder: Path, recipe: Recipe) -> list[Row]:
-    """Fine-tune on train and validation, measure test once → its rows. Goes on with what an earlier call left.
+def finetune(bench: Bench, folder: Path, recipe: Recipe, split: str = "test") -> list[Row]:
+    """Fine-tune on train, and on validation too unless that is what is measured, then measure `split` once → its rows.
 
-    Raises InputError for a set without a train split, or when its classes differ between the splits.
+    Goes on with what an earlier call left. Raises InputError for a set that cannot be trained on, or a model without a
+    tower of timm's.
     """
-    evalset = open_evalset(folder)
-    plan = _plan(evalset, folder, recipe)
+    require_tower(bench.subject)
+    plan = _plan(open_evalset(folder, split), folder, recipe)
     return record("finetune", bench, plan, lambda job: _measure(bench.subject, plan, recipe, job.scratch))
 
 
+def require_tower(subject: Subject) -> None:
+    """Raises InputError where the layers are not timm's, whose order the learning rates follow."""
+    tower = getattr(getattr(subject.model, "image", None), "vit", None)
+    if not isinstance(tower, VisionTransformer):
+        raise InputError(f"{subject.name} cannot be fine-tuned: only runs, checkpoints and exports of uniclip-train have the "
+                         "timm tower that its recipe needs; `uniclip-eval probe` takes any model")
+
+
 def _plan(evalset: EvalSet, folder: Path, recipe: Recipe) -> Plan:
-    if evalset.kind != CLASSIFICATION or "train" not in splits_of(folder):
-        raise InputError(f"{folder} cannot be fine-tuned on: it needs labels and a split 'train'")
-    names = [name for name in ("train", "validation", "val", "valid") if name in splits_of(folder)]
+    if evalset.kind != CLASSIFICATION or "train" not in splits_of(folder) or evalset.split == "train":
+        raise InputError(f"{folder} cannot be fine-tuned on: it needs labels and a split 'train' beside {evalset.split!r}")
+    names = ["train"] if evalset.split in VALIDATION else \
+        [name for name in ("train", *VALIDATION) if name in splits_of(folder)]
     splits = {"test": evalset} | {name: open_evalset(folder, name) for name in names}
     return Plan("+".join(split.manifest_sha256 for split in splits.values()), None, str(recipe), splits)
 

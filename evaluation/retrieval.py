@@ -18,13 +18,20 @@ def plan(evalset: EvalSet, folder: Path, templates: str) -> Plan:
     return Plan(evalset.manifest_sha256, None, "every caption a query, ties against it", {"test": evalset})
 
 
+def texts(job: Job) -> list[str]:
+    """All captions, image by image."""
+    return [caption for own in _captions(job) for caption in own]
+
+
+def _captions(job: Job) -> list[list[str]]:
+    return cast(list[list[str]], job.features("test").targets)
+
+
 def pairs_of(job: Job) -> Pairs:
     """Every image and every caption of the set."""
-    features = job.features("test")
-    captions = cast(list[list[str]], features.targets)
-    texts = [caption for own in captions for caption in own]
-    return Pairs(features.z_ND, job.cache.texts(job.subject, texts), texts,
-                 np.repeat(np.arange(len(captions)), [len(own) for own in captions]))
+    captions, own = texts(job), _captions(job)
+    return Pairs(job.features("test").z_ND, job.cache.texts(job.subject, captions), captions,
+                 np.repeat(np.arange(len(own)), list(map(len, own))))
 
 
 def measure(job: Job) -> Finding:

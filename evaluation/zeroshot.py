@@ -10,7 +10,7 @@ from evaluation.outcomes import Ranks, measured
 from evaluation.prompts import chosen, class_embeddings, described, prompts_sha256
 from evaluation.results import Measured
 from evaluation.task import Finding, Job, Plan
-from pipeline.evalsets import EvalSet, require_prompts
+from pipeline.evalsets import EvalSet, rendered, require_prompts
 from trainer.metrics import nearest, ranks
 
 
@@ -20,6 +20,11 @@ def plan(evalset: EvalSet, folder: Path, templates: str) -> Plan:
     require_prompts(evalset, folder, prompts)
     return Plan(evalset.manifest_sha256, prompts_sha256(evalset.classnames, prompts), described(templates, prompts),
                 {"test": evalset}, prompts)
+
+
+def texts(job: Job) -> list[str]:
+    """All prompts."""
+    return rendered(job.plan.splits["test"].classnames, job.plan.prompts)
 
 
 def measure(job: Job) -> Finding:

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -95,6 +96,16 @@ def on_this_machine(path: Path) -> Path:
 def say(line: str) -> None:
     """One plain line on standard output."""
     out.print(line, markup=False)
+
+
+@contextmanager
+def quiet(wanted: bool) -> Iterator[None]:
+    """Within, nothing is said when `wanted`: of several processes that do the same, one speaks."""
+    out.quiet = err.quiet = wanted
+    try:
+        yield
+    finally:
+        out.quiet = err.quiet = False
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -24,7 +25,7 @@ from pipeline.console import InputError, WorkFailed
 from trainer.heartbeat import Heartbeat
 from trainer.losses import NoValidGroup
 
-Embeddings = tuple[Tensor, Tensor, Tensor, Tensor]  # image (B, V, D), text (B, T, D), temperature (3,), offset (3,)
+Embeddings = tuple[Tensor, ...]  # image (B, V, D), text (B, T, D), more of each group, temperature (3,), offset (3,)
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,30 @@ class Ranks:
         dist.all_gather_into_tensor(every, mine_P)
         return every
 
+    def everyone(self, x_B: Tensor) -> Tensor:
+        """As `gather`; alone, what is given."""
+        return self.gather(x_B) if self.world > 1 else x_B
+
+    @property
+    def first(self) -> int:
+        """Where this rank's rows begin among everyone's."""
+        return self.rank * self.slots if self.world > 1 else 0
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks, whose gradient is the sum of all ranks' gradients. One collective, which all must call."""
+        return differentiable.all_reduce(x) if self.world > 1 else x
+
+    def shared(self, share: Tensor) -> Tensor:
+        """A sum over ranks of which this rank knows its share: the value is the whole, the gradient the share's."""
+        if self.world == 1:
+            return share
+        whole = share.detach().clone()
+        dist.all_reduce(whole)
+        return share + (whole - share.detach())
+
     def groups(self, count: int, group_id: Tensor | None, valid: Tensor | None, device: torch.device) -> Groups:
         """Sort the valid ones of `count` groups here, and of all elsewhere. Raises ValueError, on all ranks, without any."""
-        first = self.rank * self.slots if self.world > 1 else 0
+        first = self.first
         id_B = torch.arange(first, first + count, device=device) if group_id is None else group_id
         valid_B = torch.ones(count, dtype=torch.bool, device=device) if valid is None else valid
         if self.world > 1:
@@ -104,6 +126,20 @@ class Ranks:
         dist.all_reduce(count_F)
         return count_F.tolist()
 
+    @contextmanager
+    def agreeing(self) -> Generator[None]:
+        """What goes wrong in here on one rank is raised on all. One collective, at the end."""
+        failed: Exception | None = None
+        try:
+            yield
+        except (InputError, WorkFailed, OSError) as error:
+            failed = error
+        every: list[Exception | None] = [failed] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, failed)
+        if failed := next(filter(None, every), None):
+            raise failed
+
     def for_averaging(self, loss: Tensor) -> Tensor:
         """What to call backward on under DDP: ranks' gradients are shares to be added, and DDP averages them."""
         return loss * self.world
@@ -130,7 +166,8 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def process_group(batch: int, device: str, timeout_minutes: float = 10) -> Generator[tuple[Ranks, str]]:
+def process_group(batch: int, device: str, timeout_minutes: float = 10,
+                  cure: str = "the last checkpoint is whole: start again with `resume`") -> Generator[tuple[Ranks, str]]:
     """Ranks and device of a process that torchrun started; ALONE and `device` of any other.
 
     When a rank dies, the others end within half a minute and say which. Raises InputError when there are more ranks than
@@ -153,7 +190,7 @@ def process_group(batch: int, device: str, timeout_minutes: float = 10) -> Gener
         yield Ranks(dist.get_rank(), world, batch), device
     except Exception as error:
         if _of_communication(error) and (verdict := heartbeat.wait_for_verdict()):
-            raise WorkFailed(f"{verdict}; the last checkpoint is whole: start again with `resume`") from error
+            raise WorkFailed(f"{verdict}; {cure}") from error
         heartbeat.tell(str(error).partition("\n")[0])
         raise
     finally:
@@ -165,6 +202,9 @@ def _of_communication(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
+HEADS = "model.auxiliary."  # names in a Step
+
+
 class Step(nn.Module):
     """All that a step computes with parameters, in one forward as DDP wants it: `model(...)` and `model.similarity()`."""
 
@@ -173,17 +213,18 @@ class Step(nn.Module):
         self.model, self.bf16 = model, bf16
 
     def forward(self, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> Embeddings:
-        """→ image (B, V, D), text (B, T, D), temperature (3,), offset (3,)."""
+        """→ image (B, V, D), text (B, T, D), what auxiliary heads need of each group, temperature (3,), offset (3,)."""
         with torch.autocast(vector_BVA.device.type, torch.bfloat16, enabled=self.bf16):
-            image_BVD, text_BTD = self.model(views, vector_BVA, token_BTL)
-        return image_BVD, text_BTD, *self.model.get_submodule("similarity")()
+            outputs = self.model(views, vector_BVA, token_BTL)
+        return *outputs, *self.model.get_submodule("similarity")()
 
 
 def parallel(step: Step, ranks: Ranks, device: str, sharding: str = "none") -> nn.Module:
     """`step`, whose gradients are averaged over ranks; with "fsdp" its parameters are split over them, one block at a time.
 
     On CPUs DDP looks for unused parameters only because it then keeps its buckets as they are: rebuilt after the first
-    step, they would add in another order than the run that resumes there.
+    step, they would add in another order than the run that resumes there. Auxiliary heads work on the whole batch, outside
+    of DDP's forward: `forward_backward` averages their gradients.
     """
     if ranks.world == 1:
         return step
@@ -199,6 +240,8 @@ def parallel(step: Step, ranks: Ranks, device: str, sharding: str = "none") -> n
             register_fsdp_forward_method(step.model, method)
         return step
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in torch 2.11
+    heads = [name for name, _ in step.named_parameters() if name.startswith(HEADS)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, heads)
     gpu = [torch.device(device)] if device.startswith("cuda") else None
     return DistributedDataParallel(step, gpu, broadcast_buffers=False, find_unused_parameters=gpu is None)
 
@@ -253,26 +296,39 @@ def forward_backward(step: nn.Module, parts: Sequence[tuple], loss_of: Callable[
     if len(parts) == 1:
         loss = loss_of(*step(*parts[0]))
         ranks.for_averaging(loss).backward()
+        _average_heads(step, ranks)
         return loss.detach()
     states, outputs = [], []
     with torch.no_grad():
         for part in parts:
             states.append(_random_state())
             outputs.append(step(*part))
-    images, texts, temperatures, offsets = zip(*outputs, strict=True)
-    inputs = [x.detach().requires_grad_() for x in (torch.cat(images), torch.cat(texts), temperatures[0], offsets[0])]
+    *of_groups, temperatures, offsets = zip(*outputs, strict=True)
+    inputs = [x.detach().requires_grad_() for x in (*map(torch.cat, of_groups), temperatures[0], offsets[0])]
     loss = loss_of(*inputs)
-    image_BVD, text_BTD, *of_similarity = torch.autograd.grad(ranks.for_averaging(loss), inputs, allow_unused=True,
-                                                              materialize_grads=True)
-    sizes = [len(x) for x in images]
-    pieces = list(zip(parts, states, image_BVD.split(sizes), text_BTD.split(sizes), strict=True))
+    ranks.for_averaging(loss).backward()
+    *whole_B, of_temperature, of_offset = (torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
+    of_similarity, sizes = (of_temperature, of_offset), [len(x) for x in of_groups[0]]
+    pieces = list(zip(parts, states, *(x_B.split(sizes) for x_B in whole_B), strict=True))
     for n, (part, state, *gradients) in enumerate(pieces):
         last = n == len(pieces) - 1
         _set_random_state(state)
         # DDP reduces with the last part. τ and b are in every part, but their gradient is the whole loss's: it counts once.
         with nullcontext() if last else _unsynchronised(step):
             _backward(step(*part), [*gradients, *of_similarity] if last else gradients)
+    _average_heads(step, ranks)
     return loss.detach()
+
+
+def _average_heads(step: nn.Module, ranks: Ranks) -> None:
+    """What DDP does for all other parameters. One collective where there are auxiliary heads."""
+    module = step.module if isinstance(step, DistributedDataParallel) else step
+    gradients = [p.grad for name, p in module.named_parameters() if name.startswith(HEADS) and p.grad is not None]
+    if ranks.world > 1 and gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(averaged.view_as(gradient) / ranks.world)
 
 
 def _backward(outputs: Embeddings, gradients: list[Tensor]) -> None:
