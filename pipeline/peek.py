@@ -14,7 +14,7 @@ from pipeline.files import replacing
 from pipeline.images import Undecodable, upright_rgb
 from pipeline.index import Index
 from pipeline.selection import Condition
-from pipeline.stats import sample_rows
+from pipeline.skips import present
 
 _TILE = 224  # pixels
 _environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
@@ -56,7 +56,8 @@ def _chosen(index: Index, conditions: list[Condition]) -> np.ndarray:
 
 def peek(index: Index, out: Path, count: int = 60, seed: int = 0, conditions: list[Condition] | None = None) -> int:
     """Write the page; returns how many samples it shows."""
-    rows = _chosen(index, conditions) if conditions else np.arange(len(index))
+    rows = present(index)
+    rows = np.intersect1d(rows, _chosen(index, conditions), assume_unique=True) if conditions else rows
     picked = np.sort(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False))
     page = _environment.get_template("peek.html.jinja").render(
         name=index.folder.resolve().name, tiles=[_tile(index, int(row)) for row in picked], total=len(rows),
@@ -69,7 +70,9 @@ def peek(index: Index, out: Path, count: int = 60, seed: int = 0, conditions: li
 def picture_sheet(index: Index, out: Path, columns: int = 8, rows: int = 3, side: int = 128) -> None:
     """Some samples as one picture."""
     sheet = Image.new("RGB", (columns * side, rows * side), "white")
-    for place, row in enumerate(sample_rows(index, columns * rows)):
+    left = present(index)
+    picked = np.sort(np.random.default_rng(0).choice(left, min(columns * rows, len(left)), replace=False))
+    for place, row in enumerate(picked):
         image = thumbnail(index, int(row), side - 4)
         y, x = divmod(place, columns)
         sheet.paste(image, (x * side + (side - image.width) // 2, y * side + (side - image.height) // 2))

@@ -18,6 +18,7 @@ from pipeline.schema import FORGOTTEN, SKIPS
 from pipeline.stores import Store
 
 if TYPE_CHECKING:
+    from pipeline.index import Index
     from pipeline.tars import Known
 
 FORGOTTEN_NAME = "forgotten.parquet"  # beside the shards, or beside a merged index
@@ -93,8 +94,8 @@ class Forgotten:
 
     @classmethod
     def beside(cls, folder: Path, tars: Iterable[str] = ()) -> "Forgotten":
-        """All lists that bind `folder`: its own, those of the two folders above it, and those on the way to its tars."""
-        above = folder.absolute().parents[:2]  # of a retry: the download, and the folder of all downloads
+        """All lists that bind `folder`: its own, those of the folders above it, and those on the way to its tars."""
+        above = folder.absolute().parents
         within = {parent for name in tars for parent in PurePosixPath(name).parents}
         folders = dict.fromkeys([folder, *above, *(folder / part for part in sorted(within))])
         return reduce(or_, (Forgotten.read(one / FORGOTTEN_NAME) for one in folders))
@@ -112,6 +113,12 @@ class Forgotten:
 def forgotten(folder: Path) -> dict[int, str]:
     """What takedowns have taken out of `folder`: sample id → reason."""
     return Forgotten.read(folder / FORGOTTEN_NAME).ids
+
+
+def present(index: "Index") -> np.ndarray:
+    """The rows of an index that no takedown has named since it was made."""
+    rows, gone = np.arange(len(index)), Forgotten.beside(index.folder, index.shards).id_array
+    return rows[~np.isin(index.columns(rows)["sample_id"], gone)] if len(gone) else rows
 
 
 def forgotten_in(store: Store) -> Forgotten:

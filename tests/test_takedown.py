@@ -20,6 +20,7 @@ from shards import drawing, write_set
 from test_download import HERE, url_table
 from webserver import serving
 
+from evaluation.datasets import from_index
 from pipeline import merging
 from pipeline.card import write_card
 from pipeline.console import InputError, WorkFailed
@@ -239,6 +240,20 @@ def test_a_takedown_here_holds_for_what_is_merged_and_for_parents(two):
     forget(two, parse([sha256(PICTURES[4])]))
     assert build(two / "b", 1)["counts"]["excluded"] == {"forgotten": 1}
     assert id_of("4") not in {*ids_of(two), *ids_of(two / "b")}
+
+
+def test_what_was_taken_down_since_is_neither_shown_nor_copied(two):
+    (two / "a").rename(two / "deeper")
+    for folder in ("1/2/3", "4"):
+        (two / folder).mkdir(parents=True)
+    (two / "deeper").rename(two / "1" / "2" / "3" / "a")
+    merge(two / "4" / "m", [Input(two / "1" / "2" / "3" / "a"), Input(two / "b")])
+    forget(two, parse(["http://h/1"]), rewrite=True)
+    index = Index.open(two / "4" / "m")
+    assert len(index) == 6
+    assert peek(index, two / "peek.html", 50) == peek(index, two / "peek.html", 50, 0, [condition("size>0")]) == 5
+    assert from_index(two / "4" / "m", two / "evalset", "test") == 5
+    assert build(two / "1" / "2" / "3" / "a", 1)["counts"]["samples"] == 3
 
 
 def test_what_is_out_of_reach_is_refused_before_anything_changes(two):
