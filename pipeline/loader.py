@@ -24,6 +24,7 @@ from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch
 from pipeline.skips import Forgotten
+from pipeline.wording import Draw, tokens_of
 
 READ_AHEAD_BATCHES = 2
 
@@ -71,6 +72,7 @@ class _Drawn:
     columns: dict[str, np.ndarray]
     vectors: np.ndarray
     captions: list[str]
+    draw: Draw
     groups: np.ndarray
     reads: list[Future]
 
@@ -119,7 +121,8 @@ class Loader:
         gone = np.isin(mine["sample_id"], self._forgotten)
         wanted = zip(gone.tolist(), *(mine[name].tolist() for name in ("shard", "offset", "size", "plain")), strict=True)
         reads = self._ahead.ask([partial(self._read, *member) for member in wanted])
-        return _Drawn(position, rows[self._mine], mine, vectors, captions[self._mine], groups[self._mine], reads)
+        return _Drawn(position, rows[self._mine], mine, vectors, captions[self._mine],
+                      Draw(seed, epochs[self._mine], repeats[self._mine], mine["sample_id"]), groups[self._mine], reads)
 
     def _line(self, drawn: _Drawn, b: int, reason: str) -> dict:
         """What the ledger says about a bad sample."""
@@ -129,7 +132,7 @@ class Loader:
     def _execute(self, drawn: _Drawn) -> tuple[Batch, list[dict]]:
         encoded = self._ahead.answers(drawn.reads, self._place.timeout)
         (views, vectors, ids), bad = execute(self._executor, encoded, drawn.vectors, drawn.columns["sample_id"])
-        tokens = torch.from_numpy(self.tokenizer(drawn.captions))[:, None]
+        tokens = torch.from_numpy(tokens_of(self.tokenizer, drawn.captions, self.recipe.wording, drawn.draw))
         batch = Batch(views, vectors, tokens, ids, torch.from_numpy(drawn.groups), valid_mask(len(encoded), bad))
         lines = [self._line(drawn, b, bad[b]) for b in sorted(bad) if bad[b] != FORGOTTEN]
         return to_device(batch, self.device), lines

@@ -13,6 +13,7 @@ from pipeline.console import InputError
 from pipeline.replay import PillowExecutor
 from pipeline.sampling import ViewKind
 from pipeline.schema import SCHEMA_VERSION
+from pipeline.wording import Wording
 
 Views = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]
 
@@ -27,12 +28,16 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is drawn from each sample: kinds of views, output size in pixels, executor and its threads (0 = all cores)."""
+    """What is drawn from each sample: kinds of views, output size in pixels, executor and its threads (0 = all cores).
+
+    wording: makes more texts of the caption; None for the caption alone.
+    """
 
     kinds: tuple[ViewKind, ...]
     size: int
     executor: str = "auto"
     threads: int = 0
+    wording: Wording | None = None
 
     def fingerprint(self, **chosen: object) -> str:
         """Hash of everything that changes what a sample becomes (not who executes it), and of what chooses the samples.
@@ -40,6 +45,7 @@ class Recipe:
         chosen: weights of sources, digest of skip lists; what is empty does not count.
         """
         drawn = {"kinds": [asdict(kind) for kind in self.kinds], "size": self.size,
+                 **({"wording": self.wording.digest} if self.wording else {}),
                  **{name: value for name, value in chosen.items() if value}}
         return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
 

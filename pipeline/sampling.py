@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.schema import IDENTITY, VECTOR_SIZE
 
-VIEW_STREAM, CAPTION_STREAM, SHARD_STREAM, ROW_STREAM, SUBSET_STREAM = range(5)
+VIEW_STREAM, CAPTION_STREAM, SHARD_STREAM, ROW_STREAM, SUBSET_STREAM, EDA_STREAM, MASK_STREAM = range(7)
 BLUR_WINDOW = 13  # output pixels
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop, then the largest central crop of legal aspect
 

@@ -36,6 +36,7 @@ from pipeline.schema import Batch, sample_id_of
 from pipeline.skips import Forgotten
 from pipeline.tars import Unusable
 from pipeline.tarstream import Sample, parsed, raw_samples
+from pipeline.wording import Draw, tokens_of
 
 SHUFFLE_BUFFER = 4096  # encoded samples
 PARSED_AHEAD = 64
@@ -197,7 +198,7 @@ class StreamLoader:
         (views, vectors, ids_B), bad = execute(self._executor, [_fit(s) for s in samples], vectors, ids)
         for b, reason in bad.items():
             fault({"shard": samples[b]["url"], "key": samples[b]["key"], "reason": reason})
-        tokens = torch.from_numpy(self._tokenizer(captions))[:, None]
+        tokens = torch.from_numpy(tokens_of(self._tokenizer, captions, self._recipe.wording, Draw(seed, epochs, 0, ids)))
         groups = torch.from_numpy(_named(group_ids(ids, np.full(len(ids), -1), captions), captions))
         return to_device(Batch(views, vectors, tokens, ids_B, groups, valid_mask(len(ids), bad)), self._device)
 

@@ -170,7 +170,7 @@ from pipeline.schema import Batch
 from trainer.checkpoint import make_model
 from trainer.config import load_config
 from trainer.distributed import ALONE, Step, chunks, forward_backward
-from trainer.objective import Objective
+from trainer.objectives import Objective
 from trainer.optim import make_optimizer
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,16 @@ class State:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Weights by name, the optimizer's state by parameter name, the moving average of the weights where there is one."""
+    """Weights by name, the optimizer's state by parameter name, the moving average of the weights where there is one.
+
+    memory: what an objective remembers of earlier batches, by name.
+    """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     average: dict[str, Tensor] | None
     rng: Tensor
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ def write(folder: Path, taken: Snapshot) -> None:
     save_file(taken.tensors.weights, folder / WEIGHTS)
     if taken.tensors.average is not None:
         save_file(taken.tensors.average, folder / AVERAGE)
-    torch.save({"optimizer": taken.tensors.optimizer, "rng": taken.tensors.rng}, folder / OPTIMIZER)
+    torch.save({"optimizer": taken.tensors.optimizer, "rng": taken.tensors.rng, "memory": taken.tensors.memory},
+               folder / OPTIMIZER)
     _write(folder / TOKENIZER, taken.tokenizer)
     _write(folder / CONFIG, taken.config)
     hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
@@ -216,7 +221,8 @@ def read_state(folder: Path) -> State:
 def make_model(config: Config, tokenizer: CaptionTokenizer) -> UniCLIP:
     """The model that [model] describes, untrained. Raises InputError when timm cannot build it."""
     try:
-        return UniCLIP(config.model, tokenizer.vocab_size, tokenizer.end_id, config.learns_offset)
+        return UniCLIP(config.model, tokenizer.vocab_size, tokenizer.end_id, config.learns_offset,
+                       config.objective)
     except (ValueError, RuntimeError, AssertionError, TypeError) as error:  # what timm and torch raise
         raise InputError(f"[model] cannot be built: {error}: check model.image.arch, sizes and heads") from None
 
@@ -250,4 +256,4 @@ def read_tensors(folder: Path) -> Tensors:
     """What `resume` puts back; `read_state` has verified the files."""
     saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
     average = load_file(folder / AVERAGE) if (folder / AVERAGE).is_file() else None
-    return Tensors(load_file(folder / WEIGHTS), saved["optimizer"], average, saved["rng"])
+    return Tensors(load_file(folder / WEIGHTS), saved["optimizer"], average, saved["rng"], saved.get("memory", {}))

@@ -21,6 +21,9 @@ from pipeline.console import InputError
 from pipeline.sampling import KINDS, MAX_JITTER, MEDIUM, RECIPES, STRONG, VIEW_RANGES, WEAK, ViewKind
 
 PRESETS = Path(__file__).parent / "configs"
+BASELINE = {"model.text.pooling": "end", "model.head.kind": "mlp", "model.head.depth": 1, "model.head.augmentation": False,
+            "model.similarity.kind": "shared"}  # CLIP's: a causal text tower, a linear head (one layer), one temperature
+VIEWS = {"clip": "one view", "slip": "a view for CLIP and two strong or medium ones", "declip": "two views"}
 _INSTEAD = {"data.stream": "index", "data.index": "stream"}  # --set of one takes the place of the other
 
 
@@ -32,7 +35,7 @@ class Section(BaseModel):
 
 Range = tuple[float, float]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Part = Literal["image", "text", "augmentation", "image_head", "text_head", "similarity"]
+Part = Literal["image", "text", "augmentation", "image_head", "text_head", "similarity", "auxiliary"]
 Here = Annotated[Path, AfterValidator(Path.absolute)]  # a run may be resumed from another folder
 
 
@@ -116,8 +119,11 @@ class DataConfig(Section):
 
     def kinds(self) -> tuple[ViewKind, ...]:
         """The kinds of the views, in order."""
-        names = RECIPES[self.recipe] if isinstance(self.recipe, str) else self.recipe
-        return tuple(ViewKind(**vars(getattr(self, name))) for name in names)
+        return tuple(ViewKind(**vars(getattr(self, name))) for name in self.view_names())
+
+    def view_names(self) -> tuple[str, ...]:
+        """The names of these kinds."""
+        return RECIPES[self.recipe] if isinstance(self.recipe, str) else self.recipe
 
 
 class ImageConfig(Section):
@@ -194,8 +200,27 @@ class InitConfig(Section):
         return self
 
 
+class ObjectiveConfig(Section):
+    """UniCLIP, or a baseline of trainer.objectives, which sets what BASELINE says wherever the file does not.
+
+    hidden: width of the hidden layers that SLIP and DeCLIP add, 0 for their own (4096 and 1024). queue: texts among which
+    DeCLIP looks for nearest neighbours; fewer than an epoch has, or the nearest one is the text itself. synonyms: a file of
+    lines `word<TAB>synonym, synonym`, with which DeCLIP alters captions too.
+    """
+
+    name: Literal["uniclip", "clip", "slip", "declip"] = "uniclip"
+    hidden: int = Field(default=0, ge=0)
+    queue: int = Field(default=65_536, gt=0)
+    synonyms: Here | None = None
+
+    @property
+    def texts(self) -> int:
+        """How many texts of a sample pass through the tower."""
+        return 3 if self.name == "declip" else 1
+
+
 class LossConfig(Section):
-    """A member of trainer.losses.LOSSES."""
+    """UniCLIP's loss: a member of trainer.losses.LOSSES."""
 
     name: Literal["mp_nce", "mp_nce_unweighted", "multi_positive_infonce", "mil_nce", "supcon"] = "mp_nce"
     supervision: Literal["unified", "separate"] = "unified"
@@ -288,10 +313,28 @@ class Config(Section):
     data: DataConfig
     model: ModelConfig
     init: InitConfig = InitConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig
     eval: EvalConfig = EvalConfig()
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _fits_the_objective(self) -> "Config":
+        """What a baseline does not use is refused; [loss] as far as it is not at its default."""
+        name, names, views = self.objective.name, self.data.view_names(), VIEWS.get(self.objective.name, "")
+        if name == "uniclip":
+            return self
+        if self.loss != LossConfig():
+            raise ValueError(f"[loss] is UniCLIP's, objective.name = \"{name}\" has its own: leave [loss] out")
+        if self.model.similarity.kind != "shared":
+            raise ValueError(f"objective.name = \"{name}\" has one temperature: set model.similarity.kind=shared")
+        if len(names) != len(RECIPES[name]) or name == "slip" and "weak" in names[1:]:
+            raise ValueError(f"objective.name = \"{name}\" needs {views}, data.recipe gives {', '.join(names)}: set "
+                             f"data.recipe={name}")
+        if name in ("slip", "declip") and self.run.sharding == "fsdp":
+            raise ValueError(f"objective.name = \"{name}\" has heads that cannot be sharded: set run.sharding=none")
+        return self
 
     @property
     def learns_offset(self) -> bool:
@@ -321,6 +364,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> Config:
         raise InputError(f"{path} is not TOML: {error}") from None
     for override in overrides or []:
         _set(values, override)
+    _complete(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -346,6 +390,20 @@ def _set(values: dict[str, Any], override: str) -> None:
     values.pop(_INSTEAD.get(key, ""), None)
 
 
+def _complete(values: dict[str, Any]) -> None:
+    """What a baseline is made of, wherever it is not said."""
+    objective = values.get("objective")
+    name = objective.get("name", "uniclip") if isinstance(objective, dict) else "uniclip"
+    if name not in VIEWS:
+        return
+    for key, value in (BASELINE | {"data.recipe": name}).items():
+        section, (*parents, last) = values, key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {}) if isinstance(section, dict) else {}
+        if isinstance(section, dict):
+            section.setdefault(last, value)
+
+
 def _explain(error: Any, path: Path, set_here: set[str]) -> str:
     """One pydantic error as place, fault and cure."""
     place = ".".join(str(part) for part in error["loc"])
@@ -354,7 +412,8 @@ def _explain(error: Any, path: Path, set_here: set[str]) -> str:
         return f"{where} is an unknown key{_nearest(error['loc'])}"
     if error["type"] == "missing":
         return f"{where} is missing: set it in the file or with --set {place}=…"
-    return f"{where} = {error['input']!r}: {error['msg']}"
+    given = "" if isinstance(error["input"], dict) and not error["loc"] else f" = {error['input']!r}"
+    return f"{where.removesuffix(': ')}{given}: {error['msg']}"
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str:

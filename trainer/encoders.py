@@ -4,7 +4,7 @@ from typing import Any
 
 import timm
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -53,8 +53,18 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B W"]:
         """(B, L) int64 → (B, width)."""
+        state_BLW, real_BL = self.states(token_BL), self.real(token_BL)
+        at_B = torch.zeros_like(token_BL[:, 0]) if self.pooling == "start" else real_BL.sum(1) - 1
+        return self.norm(state_BLW[torch.arange(state_BLW.shape[0], device=state_BLW.device), at_B])  # len() would fix B
+
+    def real(self, token_BL: Int[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
+        """Which tokens are no padding."""
         is_end_BL = token_BL == self.end_id
-        real_BL = is_end_BL.cumsum(1) - is_end_BL.long() == 0
+        return is_end_BL.cumsum(1) - is_end_BL.long() == 0
+
+    def states(self, token_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B L W"]:
+        """The last block's output at every token, before the norm → (B, L, width)."""
+        real_BL = self.real(token_BL)
         x_BLW = self.token(token_BL) + self.position[: token_BL.shape[1]]
         mask = real_BL[:, None, None, :]
         if self.pooling == "end":
@@ -65,8 +75,7 @@ class TextEncoder(nn.Module):
                 x_BLW = checkpoint(block, x_BLW, attn_mask=mask, use_reentrant=False)
             else:
                 x_BLW = block(x_BLW, attn_mask=mask)
-        at_B = torch.zeros_like(token_BL[:, 0]) if self.pooling == "start" else real_BL.sum(1) - 1
-        return self.norm(x_BLW[torch.arange(x_BLW.shape[0], device=x_BLW.device), at_B])  # len() would fix B on export
+        return x_BLW
 
 
 def _initialise(module: nn.Module) -> None:

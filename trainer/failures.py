@@ -17,7 +17,7 @@ from trainer import checkpoint
 from trainer.batches import without_padding
 from trainer.config import Config
 from trainer.distributed import chunks, forward_backward, process_group
-from trainer.objective import Objective
+from trainer.objectives import Objective
 from trainer.training import Training, pick_device, restored, snapshot
 
 FOLDER, KEPT = "failures", 3
@@ -72,7 +72,7 @@ def replay(folder: Path) -> None:
         batch = _batch(config, t, kept)
         if len(kept) == ranks.world:
             torch.set_rng_state(load_file(kept[ranks.rank])["rng"])
-        objective = Objective(config, ranks)
+        objective = Objective(config, ranks, t.model.auxiliary)
         tokens = without_padding(batch.tokens, t.tokenizer.end_id)
         parts = chunks(config.optim.accumulation, batch.views, batch.vectors, tokens)
         loss = forward_backward(t.step_of, parts, objective.of(batch), ranks)

@@ -19,7 +19,7 @@ from pipeline.recipe import Cursor
 from pipeline.schema import Batch
 from trainer.config import Config
 from trainer.distributed import Ranks, Step, chunks
-from trainer.objective import Objective
+from trainer.objectives import Objective
 from trainer.training import Training
 
 
@@ -67,9 +67,9 @@ class HeldOut:
         step = Step(self._t.model, self._config.run.precision == "bf16")
         count = min(self._config.optim.accumulation, of.batch // of.world)
         outputs = [step(*part) for part in chunks(count, batch.views, batch.vectors, batch.tokens)]
-        images, texts, temperatures, offsets = zip(*outputs, strict=True)
-        objective = Objective(self._config, of)
-        return objective(batch, torch.cat(images), torch.cat(texts), temperatures[0], offsets[0]).item()
+        *of_groups, temperatures, offsets = zip(*outputs, strict=True)
+        objective = Objective(self._config, of, self._t.model.auxiliary)
+        return objective(batch, *map(torch.cat, of_groups), temperatures[0], offsets[0]).item()
 
 
 def _shared(held_out: Index, trained: Indexed) -> int:

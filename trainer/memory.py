@@ -96,7 +96,7 @@ def _outline(config: Config) -> UniCLIP:
     text = config.model.text
     with torch.device("meta"):
         model = UniCLIP(config.model, CLIP_VOCABULARY if text.vocabulary == "clip" else text.vocab_size, 2,
-                        config.learns_offset).recompute(config.run.recompute)
+                        config.learns_offset, config.objective).recompute(config.run.recompute)
     for tower in config.init.freeze:
         model.get_submodule(tower).requires_grad_(False)
     return model
@@ -107,9 +107,10 @@ def _towers(config: Config, model: UniCLIP, groups: int) -> tuple[float, int]:
     views, size = len(config.data.kinds()), config.model.image.size
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
+        model.auxiliary = None  # heads that work on the whole batch, after the towers
         flops = flops_per_sample(model, views, config.optim.batch_size)
         batch = ([torch.empty(groups, 3, size, size) for _ in range(views)], torch.empty(groups, views, VECTOR_SIZE),
-                 torch.zeros(groups, 1, config.model.text.context, dtype=torch.long))
+                 torch.zeros(groups, config.objective.texts, config.model.text.context, dtype=torch.long))
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         given = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]

@@ -5,7 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.schema import IDENTITY
-from trainer.config import ModelConfig
+from trainer.auxiliary import Declip, make_auxiliary
+from trainer.config import ModelConfig, ObjectiveConfig
 from trainer.encoders import ImageEncoder, TextEncoder
 from trainer.heads import HEADS, AugmentationEncoder
 from trainer.similarity import Similarity
@@ -14,10 +15,12 @@ from trainer.similarity import Similarity
 class UniCLIP(nn.Module):
     """f_I, f_T, f_A, g_I, g_T and the similarity's τ and b. Embeddings are raw: losses and evaluation normalise them.
 
-    B groups, V views, T texts, L tokens, A = 11, D embedding. Without `head.augmentation` there is no f_A.
+    B groups, V views, T texts, L tokens, W width, A = 11, D embedding. Without `head.augmentation` there is no f_A, and only
+    the objectives of trainer.auxiliary have heads there.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, end_id: int, learn_offset: bool = True):
+    def __init__(self, config: ModelConfig, vocab_size: int, end_id: int, learn_offset: bool = True,
+                 objective: ObjectiveConfig = ObjectiveConfig()):  # noqa: B008  # frozen
         super().__init__()
         image, text, head = config.image, config.text, config.head
         self.image = ImageEncoder(image.arch, image.size, image.patch, image.width, image.depth, image.heads)
@@ -27,6 +30,7 @@ class UniCLIP(nn.Module):
         self.image_head = HEADS[head.kind](self.image.width, condition, head.depth, config.dim)
         self.text_head = nn.Linear(text.width, config.dim)
         self.similarity = Similarity(config.similarity.kind, config.similarity.temperature, learn_offset)
+        self.auxiliary = make_auxiliary(objective, self.image.width, text.width, vocab_size, config.dim)
         self.register_buffer("identity_A", torch.from_numpy(IDENTITY.copy()), persistent=False)
 
     def recompute(self, enable: bool) -> "UniCLIP":
@@ -58,9 +62,22 @@ class UniCLIP(nn.Module):
         return self.text_head(self.text(token_BL))
 
     def forward(self, views: list[Float[Tensor, "B 3 S S"]], vector_BVA: Float[Tensor, "B V 11"],
-                token_BTL: Int[Tensor, "B T L"]) -> tuple[Float[Tensor, "B V D"], Float[Tensor, "B T D"]]:
-        """V tensors (B, 3, S, S), vectors, tokens → image (B, V, D) and text (B, T, D) embeddings."""
-        count, texts = len(views), token_BTL.shape[1]
-        z_image = self.encode_image(torch.cat(views), vector_BVA.transpose(0, 1).flatten(0, 1))
-        z_text = self.encode_text(token_BTL.flatten(0, 1))
-        return z_image.unflatten(0, (count, -1)).transpose(0, 1), z_text.unflatten(0, (-1, texts))
+                token_BTL: Int[Tensor, "B T L"]) -> tuple[Tensor, ...]:
+        """V tensors (B, 3, S, S), vectors, tokens → image (B, V, D) and text (B, T, D) embeddings.
+
+        With auxiliary heads also h (B, V, W); with those of DeCLIP the last text is not embedded, but its masked words are
+        predicted → (B, 2), see `Words`.
+        """
+        h_image = self.image(torch.cat(views))
+        z_image = self.project_image(h_image, vector_BVA.transpose(0, 1).flatten(0, 1))
+        image_BVD, h_BVW = (x.unflatten(0, (len(views), -1)).transpose(0, 1) for x in (z_image, h_image))
+        if not isinstance(self.auxiliary, Declip):
+            return (image_BVD, self._texts(token_BTL)) if self.auxiliary is None else (
+                image_BVD, self._texts(token_BTL), h_BVW)
+        masked_BL, chosen_BL = token_BTL[:, -1], token_BTL[:, -1] < 0
+        state_BLW = self.text.norm(self.text.states(torch.where(chosen_BL, -1 - masked_BL, masked_BL)))
+        return (image_BVD, self._texts(token_BTL[:, :-1]), h_BVW,
+                self.auxiliary.words(state_BLW, token_BTL[:, 0], chosen_BL))
+
+    def _texts(self, token_BTL: Int[Tensor, "B T L"]) -> Float[Tensor, "B T D"]:
+        return self.encode_text(token_BTL.flatten(0, 1)).unflatten(0, (-1, token_BTL.shape[1]))

@@ -21,7 +21,7 @@ from trainer.flops import flops_by_length, peak_flops
 from trainer.log import LEDGER, Log
 from trainer.losses import NoValidGroup
 from trainer.mirror import Mirror
-from trainer.objective import Objective
+from trainer.objectives import Objective
 from trainer.optim import learning_rate, set_rate
 from trainer.orders import Orders, Stopped
 from trainer.training import Training, pick_device, restored, snapshot, start
@@ -63,7 +63,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
     ranks.wait()  # nobody reads or adds to the ledger before rank 0 has cut it back
     ledger = Ledger.resumed(run.folder / LEDGER, config.data.bad_sample_budget, t.cursor.samples_seen, ranks.sum)
     loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ranks.rank, ranks.world, ledger)
-    objective, skips = Objective(config, ranks), Skips(run.folder, optim.skips)
+    objective, skips = Objective(config, ranks, t.model.auxiliary), Skips(run.folder, optim.skips)
     stream, clock = iter(loader), Clock(config, t)
     try:
         with clock.paused():
@@ -97,6 +97,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
             else:
                 t.optimizer.step()
                 t.model.similarity.clamp_()
+                objective.keep(batch)
                 if t.average:
                     t.average.update(optim.batch_size)
 

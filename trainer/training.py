@@ -19,6 +19,7 @@ from pipeline.reader import Place
 from pipeline.recipe import Cursor, Recipe
 from pipeline.stream import Stream
 from pipeline.text import CaptionTokenizer
+from pipeline.wording import Wording
 from trainer import checkpoint
 from trainer.config import Config, DataConfig, TextConfig
 from trainer.distributed import ALONE, Ranks, Step, parallel, whole
@@ -120,7 +121,10 @@ def _assemble(config: Config, data: Indexed | Stream, tokenizer: CaptionTokenize
         set_optimizer_state_dict(model, optimizer, saved.optimizer, options=StateDictOptions(full_state_dict=True))
     if saved:
         torch.set_rng_state(saved.rng)
-    recipe = Recipe(config.data.kinds(), config.model.image.size, config.data.executor, config.data.threads)
+        for name, x in saved.memory.items():
+            model.get_buffer(name).copy_(x)
+    wording = Wording.read(config.objective.synonyms) if config.objective.name == "declip" else None
+    recipe = Recipe(config.data.kinds(), config.model.image.size, config.data.executor, config.data.threads, wording)
     cursor = Cursor(config.run.seed, 0, data.fingerprint, recipe.fingerprint(**data.chosen))
     ranks.wait()  # none looks at the folder from here on
     return Training(model, step, optimizer, average, tokenizer, data, recipe, cursor, ranks, device, notes)
@@ -130,8 +134,9 @@ def snapshot(config: Config, t: Training, seconds: float) -> checkpoint.Snapshot
     """A copy of all that a checkpoint holds, on the CPU: the run may go on. All ranks must call it when sharded."""
     weights = {name: _copy(x) for name, x in t.model.state_dict().items()}
     optimizer = _copies(get_optimizer_state_dict(t.model, t.optimizer)) if t.optimizer.state else {}
+    memory = {name: _copy(x) for name, x in t.model.named_buffers() if name.startswith("auxiliary.")}
     average = {name: _copy(x) for name, x in t.average.weights.items()} if t.average else None
-    tensors = checkpoint.Tensors(weights, optimizer, average, torch.get_rng_state())
+    tensors = checkpoint.Tensors(weights, optimizer, average, torch.get_rng_state(), memory)
     return checkpoint.Snapshot(tensors, t.tokenizer.to_json(), config.to_toml(), t.step, t.cursor,
                                t.seconds + seconds, t.skipped)
 

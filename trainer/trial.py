@@ -18,7 +18,7 @@ from pipeline.schema import Batch
 from trainer.batches import without_padding
 from trainer.config import Config, OptimConfig
 from trainer.distributed import ALONE, chunks, forward_backward
-from trainer.objective import Objective
+from trainer.objectives import Objective
 from trainer.optim import set_rate
 from trainer.training import Training, start
 from trainer.verdict import Verdict, judged
@@ -89,7 +89,7 @@ def _read(t: Training, groups: int, ledger: Ledger) -> tuple[float, Batch]:
 def _train(config: Config, t: Training, batch: Batch) -> float:
     """Samples/s of steps that leave the weights where they are, after the first."""
     set_rate(t.optimizer, 0.0)
-    objective = Objective(_of_size(config, len(batch.valid)), ALONE)
+    objective = Objective(_of_size(config, len(batch.valid)), ALONE, t.model.auxiliary)
     began, count = time.perf_counter(), -1
     while count < 2 or time.perf_counter() - began < SECONDS:
         _step(config, t, batch, objective)
@@ -112,6 +112,7 @@ def _step(config: Config, t: Training, batch: Batch, objective: Objective) -> tu
     if torch.isfinite(loss + norm):
         t.optimizer.step()
         t.model.similarity.clamp_()
+        objective.keep(batch)
     return loss.item(), norm.item()
 
 
@@ -131,7 +132,7 @@ def fit_one_batch(config: Config, t: Training, batch: Batch) -> Fit:
     rows = _different(batch)[:LEARNT_GROUPS]
     batch = replace(batch, views=[view[rows] for view in batch.views], **{
         name: getattr(batch, name)[rows] for name in ("vectors", "tokens", "sample_id", "group_id", "valid")})
-    objective = Objective(_of_size(config, len(rows)), ALONE)
+    objective = Objective(_of_size(config, len(rows)), ALONE, t.model.auxiliary)
     learning = {name: p for name, p in t.model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in learning.items()}
     fit, began, without = Fit(len(rows), len(learning)), time.perf_counter(), set(learning)
