@@ -29,7 +29,7 @@ def photographs(folder: Path, count: int, side: int) -> Path:
     from pipeline.indexing import build
 
     originals = [Image.fromarray(image) for image in load_sample_images().images]
-    random = np.random.default_rng(0)
+    random, lengths = np.random.default_rng(0), np.random.default_rng(1).geometric(0.2, count)
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / "0.tar", "w") as tar:
         for number in range(count):
@@ -41,7 +41,8 @@ def photographs(folder: Path, count: int, side: int) -> Path:
                                box=(left, top, left + width, top + height))
             file = io.BytesIO()
             cut.save(file, "JPEG", quality=90)
-            for suffix, data in (("jpg", file.getvalue()), ("txt", f"photograph {number}".encode())):
+            caption = f"photograph {number}{' of a street' * lengths[number]}"  # a few are longer than the text tower takes
+            for suffix, data in (("jpg", file.getvalue()), ("txt", caption.encode())):
                 member = tarfile.TarInfo(f"{number:06d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -144,12 +145,20 @@ def measure_loss(folder: Path) -> dict:
     return gpu_part(folder)
 
 
+def measure_train(folder: Path) -> dict:
+    """MFU and data wait of ViT-B/32 and B/16 with three views, and images/s beside open_clip's trainer with one."""
+    from tools.side_by_side import gpu_part
+
+    return gpu_part(folder / "runs", photographs(folder / "photos", 4096, 256))
+
+
 # A part takes an empty folder and returns figures, `passed` among them.
 PARTS: dict[str, Callable[[Path], dict]] = {
     "stream.pixels": check_pixels,
     "stream.speed": measure_loader,
     "stream.torchvision": measure_torchvision,
     "loss": measure_loss,
+    "train": measure_train,
 }
 
 
