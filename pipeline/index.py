@@ -19,7 +19,7 @@ _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "width": np
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest beside an index, or that of the index before where a run was killed; empty where none can be read."""
-    for name in (MANIFEST_NAME, PREVIOUS_NAME):
+    for name in (MANIFEST_NAME, PREVIOUS_NAME, MANIFEST_NAME):  # again: it may just have taken the other's place
         try:
             told = json.loads((folder / name).read_bytes())
         except (OSError, ValueError):
@@ -64,11 +64,12 @@ class Index:
     """Rows of a folder of shards, sorted by (shard, key); rows of one shard are contiguous.
 
     folder: where the shards' relative paths begin; shards: their paths; shard_starts (S+1,): shard s has the rows
-    shard_starts[s] … shard_starts[s+1]; fingerprint: sha256 over all columns except `group`. Picklable.
+    shard_starts[s] … shard_starts[s+1]; fingerprint: sha256 over all columns except `group`; file: index.arrow, which stays
+    as it was opened when another takes its name. Picklable.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], file: pa.ipc.RecordBatchFileReader):
-        self.folder, self.manifest, self._file = folder, manifest, file
+        self.folder, self.manifest, self.file = folder, manifest, file
         self.fingerprint: str = manifest["fingerprint"]
         self.shards: list[str] = [shard["name"] for shard in manifest["shards"]]
         self.shard_starts = np.cumsum([0, *(shard["samples"] for shard in manifest["shards"])])
@@ -102,7 +103,7 @@ class Index:
 
     def _batch(self, number: int) -> _Batch:
         if number not in self._batches:
-            self._batches[number] = _Batch(self._file.get_batch(number))
+            self._batches[number] = _Batch(self.file.get_batch(number))
         return self._batches[number]
 
     def _locate(self, row: int) -> tuple[_Batch, int]:
@@ -142,7 +143,7 @@ class Index:
 
     @cached_property
     def _sources(self) -> list[str]:
-        column = self._file.get_batch(0).column(INDEX.get_field_index("source"))
+        column = self.file.get_batch(0).column(INDEX.get_field_index("source"))
         return cast(pa.DictionaryArray, column).dictionary.to_pylist()
 
 

@@ -89,11 +89,10 @@ class Part:
 
 def rows_between(index: Index, start: int, stop: int) -> pa.Table:
     """Rows start … stop of an index as an Arrow table."""
-    with pa.memory_map(str(index.folder / INDEX_NAME)) as source:
-        file = pa.ipc.open_file(source)
-        first, last = int(start) // INDEX_BATCH_ROWS, -(-int(stop) // INDEX_BATCH_ROWS)
-        table = pa.Table.from_batches([file.get_batch(number) for number in range(first, last)], schema=file.schema)
-        return table.slice(int(start) - first * INDEX_BATCH_ROWS, int(stop - start)).unify_dictionaries()
+    first, last = int(start) // INDEX_BATCH_ROWS, -(-int(stop) // INDEX_BATCH_ROWS)
+    batches = [index.file.get_batch(number) for number in range(first, last)]
+    table = pa.Table.from_batches(batches, schema=index.file.schema)
+    return table.slice(int(start) - first * INDEX_BATCH_ROWS, int(stop - start)).unify_dictionaries()
 
 
 def _weights(indexes: list[tuple[Index, float]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from pipeline.download import Options, download
 from pipeline.duplicates import duplicates
 from pipeline.index import Index
 from pipeline.indexing import build
-from pipeline.merging import Input, merge
+from pipeline.merging import Input, merge, places, rows_between
 from pipeline.peek import image_bytes, peek
 from pipeline.retry import retry
 from pipeline.schema import FORGOTTEN, SKIPS, sample_id_of
@@ -329,6 +329,21 @@ def test_a_takedown_while_an_index_is_made_is_not_lost(two, monkeypatch):
     with pytest.raises(WorkFailed, match="made anew meanwhile"):
         duplicates(before, workers=1)
     assert len(Index.open(two / "m")) == 4
+    assert rows_between(before, 0, len(before))["sample_id"].to_pylist() == before.columns(np.arange(len(before)))[
+        "sample_id"].tolist(), "an open index changes under its reader"
+
+
+def test_a_manifest_is_found_while_it_takes_its_place(two, monkeypatch):
+    (two / "m" / "manifest.json").rename(two / "m" / ".manifest.json")
+    read = Path.read_bytes
+
+    def finishing(path: Path) -> bytes:
+        if path.name == ".manifest.json":
+            path.rename(path.with_name("manifest.json"))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", finishing)
+    assert len(places(two / "m")) == 3
 
 
 def test_samples_that_share_a_key_go_together(tmp_path):
