@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config import ObjectiveConfig
 from trainer.distributed import Ranks
+from trainer.losses import precise
 
 SLIP_HIDDEN, SLIP_OUT, DECLIP_HIDDEN = 4096, 256, 1024
 
@@ -25,7 +26,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x_BH: Tensor, ranks: Ranks) -> Tensor:
         """(B, H) → (B, H), in float32 at least. Every rank must call it, also one without rows."""
         with torch.autocast(x_BH.device.type, enabled=False):
-            x_BH = x_BH.float() if x_BH.element_size() < 4 else x_BH
+            x_BH = precise(x_BH)
             total_H, count = ranks.total(torch.cat([x_BH.sum(0), x_BH.new_tensor([len(x_BH)])])).split([x_BH.shape[1], 1])
             centred_BH = x_BH - total_H / count
             variance_H = ranks.total(centred_BH.square().sum(0)) / count
@@ -58,8 +59,8 @@ class Words(nn.Module):
         self.out = nn.Linear(width, vocab_size)
 
     def forward(self, state_BLW: Tensor, token_BL: Tensor, chosen_BL: Tensor) -> Tensor:
-        """Σ of the cross entropies of the chosen tokens, and their number → (B, 2) float32."""
-        logit_KX, target_K = self.out(state_BLW[chosen_BL]).float(), token_BL[chosen_BL]
+        """Σ of the cross entropies of the chosen tokens, and their number → (B, 2), in float32 at least."""
+        logit_KX, target_K = precise(self.out(state_BLW[chosen_BL])), token_BL[chosen_BL]
         loss_K = F.cross_entropy(logit_KX, target_K, reduction="none")
         row_K = chosen_BL.nonzero()[:, 0]
         loss_B = loss_K.new_zeros(len(token_BL)).index_add(0, row_K, loss_K)

@@ -11,10 +11,11 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "B200"
          "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
 
 
-def flops_by_length(model: UniCLIP, views: int, batch: int) -> dict[int, float]:
+def flops_by_length(model: UniCLIP, views: int, batch: int, texts: int = 1) -> dict[int, float]:
     """Forward and backward of one group in a global batch of `batch`: towers, heads, its share of the loss; by text length.
 
-    A backward pass is two forward passes; the loss is one product of M × D by D × M with M = (V + 1)·batch.
+    texts: how many of a group pass through the text tower; auxiliary heads do not count. A backward
+    pass is two forward passes; the loss is one product of M × D by D × M with M = (V + 1)·batch.
     """
     device = next(model.parameters()).device
     size, context = model.image.size, model.text.position.shape[0]
@@ -27,13 +28,13 @@ def flops_by_length(model: UniCLIP, views: int, batch: int) -> dict[int, float]:
     for length in text_lengths(context):
         with torch.no_grad(), FlopCounterMode(display=False) as text_counter:
             model.encode_text(torch.zeros(1, length, dtype=torch.long, device=device))
-        flops[length] = 3.0 * (views * image_counter.get_total_flops() + text_counter.get_total_flops() + loss)
+        flops[length] = 3.0 * (views * image_counter.get_total_flops() + texts * text_counter.get_total_flops() + loss)
     return flops
 
 
-def flops_per_sample(model: UniCLIP, views: int, batch: int) -> float:
+def flops_per_sample(model: UniCLIP, views: int, batch: int, texts: int = 1) -> float:
     """The same with a text as long as it can be."""
-    return max(flops_by_length(model, views, batch).values())
+    return max(flops_by_length(model, views, batch, texts).values())
 
 
 def peak_flops(device: str) -> float | None:

@@ -46,9 +46,14 @@ class Pairs:
         return domain_pairs(self.views, self.logit_BSS.shape[1], self.logit_BSS.device)
 
 
+def precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.float() if x.element_size() < 4 else x
+
+
 def unit(x_BSD: Tensor) -> Tensor:
     """Of length 1, in float32 at least."""
-    return F.normalize(x_BSD.float() if x_BSD.element_size() < 4 else x_BSD, dim=-1)
+    return F.normalize(precise(x_BSD), dim=-1)
 
 
 def is_text(views: int, size: int, device: torch.device) -> Tensor:

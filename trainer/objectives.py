@@ -17,7 +17,7 @@ from trainer.auxiliary import SLIP_OUT, Declip, Projection, Slip
 from trainer.config import Config
 from trainer.diagnostics import diagnose, loss_bounds
 from trainer.distributed import Ranks
-from trainer.losses import info_nce, unit
+from trainer.losses import info_nce, precise, unit
 from trainer.similarity import comparable_offsets
 from trainer.tiles import tiled_loss
 
@@ -73,7 +73,7 @@ def slip(x: Given) -> Terms:
 
 def nt_xent(z_B2H: Tensor, group_id: Tensor, ranks: Ranks, dtype: torch.dtype | None = None) -> Tensor:
     """SimCLR's loss: multi-positive InfoNCE, which has one positive for each anchor where there are two views and no text."""
-    z_B2H = z_B2H.float() if z_B2H.element_size() < 4 else z_B2H
+    z_B2H = precise(z_B2H)
     temperature_3 = z_B2H.new_full((3,), SIMCLR_TEMPERATURE)
     return tiled_loss("multi_positive_infonce", z_B2H, z_B2H[:, :0], temperature_3, torch.zeros_like(temperature_3),
                       "unified", group_id, ranks=ranks, dtype=dtype, valid=torch.ones_like(group_id, dtype=torch.bool))
@@ -145,7 +145,7 @@ class Objective:
         *features, temperature_3, offset_3 = more
         self.image_BVD, self.text_BTD = image_BVD.detach().float(), text_BTD.detach().float()
         self.temperature_3, self.offset_3 = temperature_3.detach().clone(), offset_3.detach().clone()
-        terms = self._terms_of(Given(self._config, self._ranks, self._heads, batch, image_BVD.float(), text_BTD.float(),
+        terms = self._terms_of(Given(self._config, self._ranks, self._heads, batch, precise(image_BVD), precise(text_BTD),
                                      tuple(features), temperature_3, offset_3))
         self._terms = {name: term.detach() for name, term in terms.items()}
         return torch.stack([self._weights[name] * term for name, term in terms.items()]).sum()

@@ -175,7 +175,8 @@ class Clock:
     def __init__(self, config: Config, t: Training):
         self._begin = self._lap = self._saved = time.perf_counter()
         self._samples, self._waited, self._since = t.cursor.samples_seen, 0.0, 0.0
-        self._flops, self._work = flops_by_length(t.model, len(t.recipe.kinds), config.optim.batch_size), 0.0
+        texts = config.objective.texts
+        self._flops, self._work = flops_by_length(t.model, len(t.recipe.kinds), config.optim.batch_size, texts), 0.0
         self._peak, self._every = peak_flops(t.device), 60 * config.run.save_every_minutes
 
     def waiting(self) -> "Clock":
