@@ -79,14 +79,15 @@ def test_operations_are_drawn_alike_and_synonyms_come_from_the_table(tmp_path):
     table.write_text("Red\tcrimson, Dark Red\ncat\tfeline\n")
     wording = Wording.read(table)
     assert wording.synonyms == {"red": ("crimson", "dark red"), "cat": ("feline",)}
-    altered = wording.altered(["a red cat on the blue mat"] * 6000, draw(6000))
+    words = ["a", "red", "cat", "on", "the", "blue", "mat"]
+    altered = wording.altered([" ".join(words)] * 6000, draw(6000))
     kinds = Counter("replaced" if {"crimson", "feline", "dark"} & set(text.split()) else
-                    "swapped" if sorted(text.split()) == sorted("a red cat on the blue mat".split()) else "deleted"
+                    "swapped" if sorted(text.split()) == sorted(words) else "deleted"
                     for text in altered)
     untouched = (1 - SHARE) ** 7 / 3  # deletions that deleted nothing
     assert kinds["replaced"] / 6000 == pytest.approx(1 / 3, abs=0.02)
     assert kinds["swapped"] / 6000 == pytest.approx(1 / 3 + untouched, abs=0.02)
-    assert {text for text in altered if "red" not in text.split() and len(text.split()) == 7} >= {"a crimson cat on the blue mat"}
+    assert {"a crimson cat on the blue mat", "a red feline on the blue mat"} < set(altered)
     assert any("dark red" in text for text in altered)
     without = Wording().altered(["a red cat"] * 500, draw(500))
     assert not any(word in text for text in without for word in ("crimson", "feline"))

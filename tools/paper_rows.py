@@ -28,7 +28,8 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
           for name in ("mil_nce", "supcon", "multi_positive_infonce", "mp_nce_unweighted", "mp_nce")},
     "1": {name: (f"objective.name={name}",) for name in ("clip", "slip", "declip", "uniclip")},
 }
-FULL = {"4a": "res3, with embedding", "4b": "1weak2strong, with embedding", "5": "domain, unified", "6": "mp_nce", "1": "uniclip"}
+FULL = {"4a": "res3, with embedding", "4b": "1weak2strong, with embedding", "5": "domain, unified", "6": "mp_nce",
+        "1": "uniclip"}
 
 
 def main() -> None:

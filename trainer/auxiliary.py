@@ -19,9 +19,10 @@ SLIP_HIDDEN, SLIP_OUT, DECLIP_HIDDEN = 4096, 256, 1024
 class GlobalBatchNorm(nn.Module):
     """Batch norm over the rows of all ranks, always by the batch's own statistics: nothing is kept for evaluation."""
 
-    def __init__(self, width: int, epsilon: float = 1e-5):
+    def __init__(self, width: int, affine: bool = True, epsilon: float = 1e-5):
         super().__init__()
-        self.weight, self.bias, self.epsilon = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), epsilon
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias, self.epsilon = nn.Parameter(torch.zeros(width)) if affine else None, epsilon
 
     def forward(self, x_BH: Tensor, ranks: Ranks) -> Tensor:
         """(B, H) → (B, H), in float32 at least. Every rank must call it, also one without rows."""
@@ -30,18 +31,22 @@ class GlobalBatchNorm(nn.Module):
             total_H, count = ranks.total(torch.cat([x_BH.sum(0), x_BH.new_tensor([len(x_BH)])])).split([x_BH.shape[1], 1])
             centred_BH = x_BH - total_H / count
             variance_H = ranks.total(centred_BH.square().sum(0)) / count
-            return centred_BH * (variance_H + self.epsilon).rsqrt() * self.weight + self.bias
+            x_BH = centred_BH * (variance_H + self.epsilon).rsqrt()
+            return x_BH if self.weight is None or self.bias is None else x_BH * self.weight + self.bias
 
 
 class Projection(nn.Module):
-    """Linear layers with batch norm and ReLU between them; with `normed`, a batch norm after the last one too."""
+    """Linear layers with batch norm and ReLU between them; with `normed`, a batch norm after the last one too.
+
+    That one has no parameters, as in SimSiam: what comes after it takes its shift out again.
+    """
 
     def __init__(self, widths: list[int], normed: bool = False):
         super().__init__()
         self.hidden = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(widths[:-2], widths[1:-1], strict=True))
         self.norms = nn.ModuleList(GlobalBatchNorm(width) for width in widths[1:-1])
         self.out = nn.Linear(widths[-2], widths[-1], bias=not normed)
-        self.norm = GlobalBatchNorm(widths[-1]) if normed else None
+        self.norm = GlobalBatchNorm(widths[-1], affine=False) if normed else None
 
     def forward(self, x_BW: Tensor, ranks: Ranks) -> Tensor:
         """(B, first width) → (B, last width)."""
