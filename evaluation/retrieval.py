@@ -1,16 +1,18 @@
 """Image → text and text → image retrieval over a captioned set. N images, T captions, D embedding."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+import torch
+from scipy.sparse import csr_matrix
 
 from evaluation import examples
 from evaluation.outcomes import Ranks, measured
 from evaluation.results import Measured
 from evaluation.task import Finding, Job, Pairs, Plan
 from pipeline.evalsets import EvalSet
-from trainer.metrics import KS, ranks
+from trainer.metrics import KS, ranks, ranks_where, recall_at
 
 
 def plan(evalset: EvalSet, folder: Path, templates: str) -> Plan:
@@ -39,7 +41,38 @@ def measure(job: Job) -> Finding:
     pairs = pairs_of(job)
     found = rank_both(pairs)
     return Finding(scores(found, job.seed), found,
-                   examples.of_pairs(pairs, found, job.plan.splits["test"], job.seed))
+                   examples.of_pairs(pairs, found, job.plan.splits["test"], job.seed), _of_shared_captions(pairs))
+
+
+def _of_shared_captions(pairs: Pairs) -> dict[str, Any]:
+    """Where a caption belongs to several images: how many such there are, and the recalls with any of these accepted.
+
+    The rows' own numbers follow CLIP_benchmark, which takes only the caption's own image and the image's own captions.
+    """
+    text_T = np.unique([" ".join(caption.split()).casefold() for caption in pairs.captions], return_inverse=True)[1]
+    images_S = np.bincount(np.unique(np.stack([text_T, pairs.image_of_text_T], axis=1), axis=0)[:, 0])
+    shared = int((images_S[text_T] > 1).sum())
+    if not shared:
+        return {}
+    found = rank_merged(pairs, text_T)
+    merged = {f"{whose}_to_{other}_recall@{k}": recall_at(found[whose], k)
+              for whose, other in (("image", "text"), ("text", "image")) for k in KS}
+    told = ", ".join(f"{name} {value:.1%}" for name, value in merged.items() if name.endswith("@1"))
+    return {"shared_captions": shared, "captions_merged": merged,
+            "note": f"{shared:,} of {len(text_T):,} captions belong to several images; with equal captions accepted as right "
+                    f"(captions merged) {told}"}
+
+
+def rank_merged(pairs: Pairs, text_T: np.ndarray) -> dict[str, np.ndarray]:
+    """Ranks where every image with an equal caption is right, and every caption equal to one of the image's own.
+
+    text_T: equal numbers for equal captions.
+    """
+    has_NS = csr_matrix((np.ones(len(text_T), bool), (pairs.image_of_text_T, text_T)))
+    of_SN = has_NS.T.tocsr()
+    return {"image": ranks_where(pairs.image_ND, pairs.text_TD,
+                                 lambda own: torch.from_numpy(has_NS[own].toarray()[:, text_T])),
+            "text": ranks_where(pairs.text_TD, pairs.image_ND, lambda own: torch.from_numpy(of_SN[text_T[own]].toarray()))}
 
 
 def rank_both(pairs: Pairs) -> Ranks:

@@ -19,6 +19,7 @@ from evaluation.evaluate import Bench, evaluate
 from evaluation.prompts import class_embeddings, prompts_sha256
 from evaluation.statistics import bootstrap, wilson
 from evaluation.subject import Subject, checkpoint_subject
+from evaluation.task import Pairs
 from pipeline.console import InputError, WorkFailed
 from pipeline.evalsets import open_evalset, write_evalset
 from pipeline.index import Index
@@ -179,6 +180,27 @@ def test_retrieval_rows_equal_a_plain_computation(loaded: Loaded, subject: Subje
         assert found[f"text_to_image_recall@{k}"] == np.mean(hits)
     assert found["text_to_image_recall@10"] > 0 and [row["n"] for row in rows[::3]] == [len(captions), len(owner)]
     assert all(row["interval"][0] <= row["value"] <= row["interval"][1] for row in rows)
+
+
+def test_equal_captions_of_several_images_are_told_and_merged_on_the_side() -> None:
+    """Image 1 is nearest to caption 2, which says what its own says; caption 0 finds image 0 behind image 2, its twin."""
+    image = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.9, 0.0, 0.2]])
+    text = torch.tensor([[0.9, 0.0, 0.2], [0.1, 0.5, 0.9], [0.0, 1.0, 0.1], [0.5, 0.0, 0.5]])
+    captions, owner = ["a  Dog", "a cat", "A cat", "a dog"], np.array([0, 1, 2, 2])
+    pairs = Pairs(image, text, captions, owner)
+    found = retrieval.rank_merged(pairs, np.array([1, 0, 0, 1]))
+    cosine = torch.cosine_similarity(image[:, None], text[None], dim=-1).numpy()
+    right_NT = np.array([[1, 0, 0, 1], [0, 1, 1, 0], [1, 1, 1, 1]], bool)
+    for whose, score, right in (("image", cosine, right_NT), ("text", cosine.T, right_NT.T)):
+        best = np.where(right, score, -2).max(axis=1, keepdims=True)
+        assert found[whose].tolist() == ((score >= best) & ~right).sum(axis=1).tolist()
+    told = retrieval._of_shared_captions(pairs)
+    strict = {m.metric: m.value for m in retrieval.scores(retrieval.rank_both(pairs), 0)}
+    assert told["shared_captions"] == 4 and "4 of 4 captions belong to several images" in told["note"]
+    assert set(told["captions_merged"]) == set(strict)
+    assert told["captions_merged"]["image_to_text_recall@1"] == 1.0 and strict["image_to_text_recall@1"] == 1 / 3
+    assert told["captions_merged"]["text_to_image_recall@1"] == 1.0 > strict["text_to_image_recall@1"]
+    assert retrieval._of_shared_captions(Pairs(image, text, ["a", "b", "c", "c"], owner)) == {}  # one image's own twice
 
 
 def test_zeroshot_rows_equal_a_plain_computation(loaded: Loaded, subject: Subject, scenes: Path, tmp_path: Path) -> None:

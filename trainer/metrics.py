@@ -5,6 +5,8 @@ query, so that a collapsed model scores 0 and every outcome is right or wrong (W
 NaN score is a tie. Scores are cosines in fp32.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,16 +30,20 @@ def ranks(query_QD: Array, candidate_CD: Array, group_Q: Array, group_C: Array) 
     Images against captions, captions against images and images against classes are all this. Raises ValueError when
     a query has no right candidate at all.
     """
-    query_QD, candidate_CD = _unit(query_QD), _unit(candidate_CD)
-    group_Q, group_C = (torch.as_tensor(group, device=query_QD.device) for group in (group_Q, group_C))
+    group_Q, group_C = (torch.as_tensor(group, device=torch.as_tensor(query_QD).device) for group in (group_Q, group_C))
     orphans = ~torch.isin(group_Q, group_C)
     if orphans.any():
         raise ValueError(f"query {int(orphans.nonzero()[0])} has no right candidate: its group "
                          f"{int(group_Q[orphans][0])} is not among the candidates'")
+    return ranks_where(query_QD, candidate_CD, lambda own: group_Q[own, None] == group_C)
+
+
+def ranks_where(query_QD: Array, candidate_CD: Array, right_of: Callable[[slice], Tensor]) -> np.ndarray:
+    """(Q,) int64 ranks where `right_of` tells for some rows which candidates are right: (q, C), one or more in each row."""
+    query_QD, candidate_CD = _unit(query_QD), _unit(candidate_CD)
     rows = max(1, BLOCK_NUMBERS // len(candidate_CD))
-    blocks = [ranks_in(query_QD[at:at + rows] @ candidate_CD.T, group_Q[at:at + rows, None] == group_C)
-              for at in range(0, len(query_QD), rows)]
-    return torch.cat(blocks).cpu().numpy()
+    parts = [slice(at, at + rows) for at in range(0, len(query_QD), rows)]
+    return torch.cat([ranks_in(query_QD[own] @ candidate_CD.T, right_of(own)) for own in parts]).cpu().numpy()
 
 
 def _unit(z_QD: Array) -> Tensor:
