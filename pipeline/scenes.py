@@ -131,7 +131,10 @@ LABELLED = {
 
 
 def labelled_scenes(name: str, count: int, seed: int) -> list[tuple[Scene, int]]:
-    """`count` held-out scenes of a labelled set, classes in turn; a combination comes again when all were used."""
+    """`count` different held-out scenes of a labelled set, classes in turn, or as many as the smallest class has of each.
+
+    None comes twice: of 1,000 pictures of 96 combinations the intervals would be those of 1,000 independent ones.
+    """
     label_of, classes, _ = LABELLED[name]
     by_class: dict[str, list[Scene]] = {label: [] for label in classes}
     every = held_out_scenes()
@@ -139,18 +142,20 @@ def labelled_scenes(name: str, count: int, seed: int) -> list[tuple[Scene, int]]
         label = label_of(every[i])
         if label is not None:
             by_class[label].append(every[i])
-    turns = ((k % len(classes), k // len(classes)) for k in range(count))
-    return [((pool := by_class[classes[label]])[turn % len(pool)], label) for label, turn in turns]
+    turns = (divmod(k, len(classes)) for k in range(min(count, len(classes) * min(map(len, by_class.values())))))
+    return [(by_class[classes[label]][turn], label) for turn, label in turns]
 
 
-def _write_evalsets(folder: Path, count: int, seed: int, size: int) -> None:
+def _write_evalsets(folder: Path, count: int, seed: int, size: int) -> dict[str, int]:
+    """→ the number of scenes in each set."""
     pairs = ((jpeg(draw(scene, size, _rng(seed, "retrieval", i))), [scene.caption()])
              for i, scene in enumerate(retrieval_scenes(count, seed)))
-    write_evalset(folder / "retrieval", "test", pairs, RETRIEVAL)
+    written = {"retrieval": write_evalset(folder / "retrieval", "test", pairs, RETRIEVAL)}
     for name, (_, classes, prompts) in LABELLED.items():
         examples = ((jpeg(draw(scene, size, _rng(seed, name, i))), label)
                     for i, (scene, label) in enumerate(labelled_scenes(name, count, seed)))
-        write_evalset(folder / name, "test", examples, CLASSIFICATION, classes, prompts())
+        written[name] = write_evalset(folder / name, "test", examples, CLASSIFICATION, classes, prompts())
+    return written
 
 
 def _write_folder(folder: Path, samples: Iterable[tuple[Scene, bytes]]) -> None:
@@ -189,8 +194,8 @@ def _drawn(count: int, seed: int, size: int) -> Iterator[tuple[Scene, bytes]]:
         yield from pool.map(one, range(count), chunksize=PER_TASK)
 
 
-def make(out: Path, count: int, seed: int, held_out_count: int, size: int, layout: str) -> None:
-    """Write OUT/train and OUT/evalsets; OUT appears under its name only when complete.
+def make(out: Path, count: int, seed: int, held_out_count: int, size: int, layout: str) -> dict[str, int]:
+    """Write OUT/train and OUT/evalsets → scenes in each evaluation set; OUT appears under its name only when complete.
 
     Raises InputError for a folder that holds something, an unknown layout, or numbers out of range.
     """
@@ -199,9 +204,10 @@ def make(out: Path, count: int, seed: int, held_out_count: int, size: int, layou
     partial_out = out.with_name(out.name + ".partial")
     shutil.rmtree(partial_out, ignore_errors=True)
     (partial_out / "train").mkdir(parents=True)
-    _write_evalsets(partial_out / "evalsets", held_out_count, seed, size)
+    written = _write_evalsets(partial_out / "evalsets", held_out_count, seed, size)
     FORMATS[layout](partial_out / "train", track(_drawn(count, seed, size), "drawing scenes", count))
     partial_out.rename(out)
+    return written
 
 
 def _check(out: Path, count: int, seed: int, held_out_count: int, size: int, layout: str) -> None:

@@ -88,6 +88,12 @@ def test_labels_are_balanced_unambiguous_and_what_the_prompt_says(made: Path, na
             assert shared[evalset.classnames[label]] == 2 and evalset.classnames[label] not in words
 
 
+def test_no_scene_is_twice_in_a_set_however_many_are_asked_for() -> None:
+    for name, least in (("colour", 1000), ("shape", 1000), ("relation", 96)):
+        drawn = [told_from_first(scene).caption() for scene, _ in labelled_scenes(name, 1000, seed=0)]
+        assert len(set(drawn)) == len(drawn) == least
+
+
 def test_every_prompt_is_a_caption_of_the_grammar(made: Path) -> None:
     vocabulary = {word for _, caption in rows(made)[1:] for word in caption.split()}
     for name in ("colour", "shape", "relation"):
