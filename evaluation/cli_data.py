@@ -79,3 +79,19 @@ def convert(
 
     for split, count in convert_set(name, source, out, tuple(splits)).items():
         say(f"{out}/{split}: {count:,} images")
+
+
+@data.command("torchvision")
+def torchvision(
+    name: Annotated[str, typer.Argument(help="A class of torchvision.datasets with labels and splits, such as CIFAR10.")],
+    root: Annotated[Path, typer.Argument(help="The root it was given: nothing is downloaded.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the set to write.")],
+) -> None:
+    """Turn one of torchvision's sets already on disk into the WebDataset layout. `convert` keeps JPEG bytes where it can.
+
+    Example: `uniclip-eval data torchvision CIFAR10 ~/datasets evalsets/cifar10`
+    """
+    from evaluation.torchvision_sets import from_torchvision
+
+    for split, count in from_torchvision(name, root, out).items():
+        say(f"{out}/{split}: {count:,} images")

@@ -1,5 +1,6 @@
 """Original archives in miniature → the WebDataset layout: labels bound to the archive's own names, bytes untouched."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -19,6 +20,7 @@ from evaluation import catalogue
 from evaluation.catalogue import CATALOGUE, classnames, identify, official_order, templates
 from evaluation.check import check
 from evaluation.convert import convert
+from evaluation.torchvision_sets import from_torchvision
 from pipeline.console import InputError, WorkFailed
 from pipeline.evalsets import open_evalset, write_evalset
 
@@ -313,3 +315,45 @@ def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
     pairs = tmp_path / "coco"
     write_evalset(pairs, "test", [(jpg(1), ["a", "b"])], "retrieval")
     assert [line.split(";")[0] for line in check(pairs).faults] == ["test: 1 images", "test: 2 captions"]
+
+
+def test_torchvisions_sets_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR-10 and Flowers-102 in miniature where torchvision looks for them, read by torchvision itself."""
+    from torchvision.datasets import CIFAR10
+
+    root, rng = tmp_path / "root", np.random.default_rng(0)
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    names = ["aeroplane", "cat_like", "ship"]
+    batches = {name: {"data": rng.integers(0, 256, (4, 3072), np.uint8), "labels": [i % 3, 2, 0, 1]}
+               for i, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"])}
+    sums = {}
+    for name, content in (batches | {"batches.meta": {"label_names": names}}).items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    with pytest.raises(InputError, match="holds no CIFAR10 that torchvision can read"):  # the sums are not the originals'
+        from_torchvision("CIFAR10", root, tmp_path / "none")
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in batches if name != "test_batch"])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
+    assert from_torchvision("CIFAR10", root, tmp_path / "cifar10") == {"train": 20, "test": 4}
+    evalset = open_evalset(tmp_path / "cifar10")
+    assert evalset.classnames == ("aeroplane", "cat like", "ship") and evalset.templates == templates("cifar10")
+    read = [(np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1).ravel(), label)
+            for _, data, label in evalset.examples()]
+    assert [label for _, label in read] == [2, 2, 0, 1]
+    assert all((pixels == row).all() for (pixels, _), row in zip(read, batches["test_batch"]["data"], strict=True))
+    several = {"setid.mat": mat(trnid=np.array([[1, 2]]), valid=np.array([[3, 4]]), tstid=np.array([[6, 5]]))}
+    for name, data in [*(flower for files in flowers().values() for flower in files.items()), *several.items()]:
+        (root / "flowers-102" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "flowers-102" / name).write_bytes(data)
+    monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda *words: True)
+    ours, theirs = (tmp_path / name for name in ("ours", "flowers102"))
+    counts = from_torchvision("Flowers102", root, theirs)
+    assert counts == convert("flowers102", root / "flowers-102", ours)
+    for split in counts:
+        labels = [[label for *_, label in open_evalset(path, split).examples()] for path in (ours, theirs)]
+        assert sorted(labels[0]) == sorted(labels[1])
+    for name in ("Nothing", "CocoCaptions"):
+        with pytest.raises(InputError, match=f"has no set {name} with splits"):
+            from_torchvision(name, root, tmp_path / "x")
