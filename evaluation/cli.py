@@ -122,21 +122,24 @@ def finetune(
                                                 "then a classification set with a split train.")],
     split: Annotated[str, typer.Option(help="What is measured, and not trained on: validation to choose a recipe, test once "
                                        "it is chosen.")] = "test",
-    epochs: Annotated[int, typer.Option(min=1)] = 30,
-    batch_size: Annotated[int, typer.Option(min=2)] = 64,
+    epochs: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=2)] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the head and the last layer.")] = 1e-3,
-    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the next.")] = 0.75,
-    mixup: Annotated[float, typer.Option(help="Mixup's α; 0 turns it off.")] = 0.1,
-    cutmix: Annotated[float, typer.Option(help="CutMix's α; 0 turns it off.")] = 0.1,
-    smallest_crop: Annotated[float, typer.Option(help="Smallest share of a picture's area a crop may have.")] = 0.3,
-    augment: Annotated[str, typer.Option(help="timm's auto_augment, empty for none.")] = "rand-m5-mstd0.5-inc1",
-    erasing: Annotated[float, typer.Option(help="Share of pictures with a patch erased.")] = 0.1,
+    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the next.")] = 0.9,
+    mixup: Annotated[float, typer.Option(help="Mixup's α; 0 turns it off.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(help="CutMix's α; 0 turns it off.")] = 0.0,
+    smallest_crop: Annotated[float, typer.Option(help="Smallest share of a picture's area a crop may have.")] = 0.5,
+    augment: Annotated[str, typer.Option(help="timm's auto_augment, such as rand-m9-mstd0.5-inc1; empty for none.")] = "",
+    erasing: Annotated[float, typer.Option(help="Share of pictures with a patch erased.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
     out: Out = None, device: Device = "auto", open_clip: Arch = None, weights: Weights = None,
 ) -> None:
     """Train the image tower and a classifier on a set, then test once. Run again, it goes on where it was stopped.
 
-    Example: `uniclip-eval finetune runs/photos evalsets/clothing --epochs 30`
+    The defaults are for small towers and thousands of pictures. For large towers and ImageNet: --batch-size 1024
+    --layer-decay 0.65 --mixup 0.8 --cutmix 1 --augment rand-m9-mstd0.5-inc1 --erasing 0.25 --smallest-crop 0.08.
+
+    Example: `uniclip-eval finetune runs/photos evalsets/clothing --split validation --epochs 8`
     """
     from evaluation.finetune import Recipe
     from evaluation.finetune import finetune as run_finetune
@@ -231,6 +234,9 @@ def _show(path: Path, rows: list[dict]) -> None:
     console.print(table)
     for dataset, alarm in dict.fromkeys((row["dataset"], row["alarm"]) for row in rows if row.get("alarm")):
         console.print(f"ALARM {escape(dataset)}: {escape(alarm)}", style="bold red")
+    for dataset, note in dict.fromkeys((row["dataset"], row["details"].get("note")) for row in rows if row.get("details")):
+        if note:
+            say(f"note {dataset}: {note}")
     say(f"results {path}")
 
 

@@ -45,20 +45,25 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a fine-tuning run depends on beside weights and data. augment: timm's auto_augment, or empty for none."""
+    """What a fine-tuning run depends on beside weights and data. augment: timm's auto_augment, or empty for none.
 
-    epochs: int = 30
-    batch_size: int = 64
+    The defaults are for small towers and thousands of pictures: of two recipes that saw clothing.tar's training split for 16
+    epochs they had 46.9 % of its validation split right, mixup, cutmix, RandAugment, erasing, crops from 0.3 and a decay of
+    0.75 36.4 %. Large towers and ImageNet want those.
+    """
+
+    epochs: int = 16
+    batch_size: int = 32
     lr: float = 1e-3
-    layer_decay: float = 0.75
-    mixup: float = 0.1
-    cutmix: float = 0.1
+    layer_decay: float = 0.9
+    mixup: float = 0.0
+    cutmix: float = 0.0
     weight_decay: float = 0.05
     smoothing: float = 0.1
     warmup: float = 0.1
-    smallest_crop: float = 0.3
-    augment: str = "rand-m5-mstd0.5-inc1"
-    erasing: float = 0.1
+    smallest_crop: float = 0.5
+    augment: str = ""
+    erasing: float = 0.0
     seed: int = 0
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import encoded, picture
 from PIL import Image
+from test_cache import stub
 from tiny import tiny_run
 
 from evaluation import finetune as module
@@ -15,7 +16,7 @@ from evaluation.subject import Subject, checkpoint_subject
 from pipeline.console import InputError
 from pipeline.evalsets import write_evalset
 
-RECIPE = Recipe(epochs=3, batch_size=8, lr=3e-3)
+RECIPE = Recipe(epochs=3, batch_size=8, lr=3e-3, mixup=0.1, cutmix=0.1, augment="rand-m5-mstd0.5-inc1", erasing=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,20 @@ def test_rates_fall_with_depth_and_follow_the_schedule(subject: Subject) -> None
     for done, share in ((0.0, 0.0), (0.05, 0.5), (0.55, 0.5), (1.0, 0.0)):
         module._set_rate(optimizer, Recipe(lr=1.0), done)
         assert max(group["lr"] for group in optimizer.param_groups) == pytest.approx(share, abs=1e-9)
+
+
+def test_validation_is_measured_without_being_trained_on_and_exports_will_do(subject: Subject, folder: Path,
+                                                                            tmp_path: Path) -> None:
+    from trainer.export import export
+
+    export(subject.home, tmp_path / "export")
+    exported = checkpoint_subject(tmp_path / "export", "cpu")
+    rows = [finetune(Bench.of(model, tmp_path / f"{i}/r.jsonl"), folder, RECIPE, "validation")
+            for i, model in enumerate((subject, exported))]
+    assert rows[0][0]["split"] == "validation" and rows[0][0]["n"] == 8 and rows[0][0]["details"]["train_images"] == 24
+    assert [row["value"] for row in rows[0]] == [row["value"] for row in rows[1]]
+    with pytest.raises(InputError, match="cannot be fine-tuned: only runs, checkpoints and exports"):
+        finetune(Bench.of(stub(), tmp_path / "r.jsonl"), folder, RECIPE)
 
 
 def test_sets_without_a_train_split_or_labels_are_named(subject: Subject, tmp_path: Path) -> None:
