@@ -23,7 +23,7 @@ from torch import Tensor
 
 from evaluation.embed import embed_images, placed, text_parts
 from evaluation.subject import Subject
-from pipeline.console import WorkFailed
+from pipeline.console import InputError, WorkFailed
 from pipeline.evalsets import EvalSet, Target
 from pipeline.files import write_json
 from trainer.batches import IMAGE_BATCH
@@ -85,7 +85,7 @@ class Cache:
         whole = (entry / META).exists()
         if whole:
             shapes = json.loads((entry / META).read_text())
-            whole = all((entry / f"{name}.f32").stat().st_size == 4 * n * d for name, (n, d) in shapes.items())
+            whole = all(n and (entry / f"{name}.f32").stat().st_size == 4 * n * d for name, (n, d) in shapes.items())
         if entry.exists() and not whole:
             shutil.rmtree(entry)
         self.hits, self.misses = self.hits + whole, self.misses + (not whole)
@@ -129,6 +129,8 @@ def _store_images(folder: Path, subject: Subject, evalset: EvalSet, ranks: Ranks
     parts = ((range(place, place + len(arrays[0])), arrays)
              for place, arrays in zip(places, embed_images(subject, noted(), ranks), strict=False))
     _store_arrays(folder, ("h", "z"), parts, lambda: len(targets), ranks)
+    if not targets:
+        raise InputError(f"{evalset.shards[0].parent} holds no image at all: fetch or write split {evalset.split!r} again")
     if ranks.rank == 0:
         write_json(folder / TARGETS, targets)
 

@@ -1,6 +1,7 @@
 """Features are computed once, under a name made of everything they depend on."""
 
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conftest import encoded, picture
 from evaluation import cache as cache_module
 from evaluation.cache import META, Cache
 from evaluation.subject import Subject
-from pipeline.console import WorkFailed
+from pipeline.console import InputError, WorkFailed
 from pipeline.evalsets import open_evalset, write_evalset
 
 
@@ -92,9 +93,14 @@ def test_a_kill_or_a_failure_leaves_no_entry_and_damage_is_noticed(folder: Path,
     entry, = features.iterdir()
     (entry / "h.f32").write_bytes(b"1234")
     assert cache.images(stub(), open_evalset(folder)).h_NW.shape == (70, 3) and cache.misses == 3
+    write_evalset(tmp_path / "none", "test", [(encoded(picture(0)), 0)], "classification")
+    tarfile.open(tmp_path / "none/test/0.tar", "w").close()
+    for _ in range(2):
+        with pytest.raises(InputError, match="none/test holds no image at all"):
+            cache.images(stub(), open_evalset(tmp_path / "none"))
     (entry / META).unlink()
     cache.images(stub(), open_evalset(folder))
-    assert cache.misses == 4 and [path.name for path in features.iterdir()] == [entry.name]
+    assert cache.misses == 6 and [path.name for path in features.iterdir()] == [entry.name]
 
 
 def test_texts_are_kept_by_what_they_say(tmp_path: Path) -> None:
