@@ -57,6 +57,8 @@ def permuted(label_N: np.ndarray, said_N: np.ndarray, names: Sequence[str]) -> s
     Any order is sought on one half of the images (Hungarian assignment) and believed only when it also explains the
     other half; a named cause that explains nearly as much is preferred.
     """
+    if len(label_N) < 2:
+        return None
     half_N = np.arange(len(label_N)) % 2 == 0
     found = _best_order(label_N[half_N], said_N[half_N], len(names))
     label_n, said_n = label_N[~half_N], said_N[~half_N]

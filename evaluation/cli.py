@@ -234,7 +234,7 @@ def _show(path: Path, rows: list[dict]) -> None:
     console.print(table)
     for dataset, alarm in dict.fromkeys((row["dataset"], row["alarm"]) for row in rows if row.get("alarm")):
         console.print(f"ALARM {escape(dataset)}: {escape(alarm)}", style="bold red")
-    for dataset, note in dict.fromkeys((row["dataset"], row["details"].get("note")) for row in rows if row.get("details")):
+    for dataset, note in dict.fromkeys((row["dataset"], (row.get("details") or {}).get("note")) for row in rows):
         if note:
             say(f"note {dataset}: {note}")
     say(f"results {path}")

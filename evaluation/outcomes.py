@@ -73,6 +73,10 @@ def measured(metric: str, ranks: Ranks, chance: float, main_metric: bool, seed: 
         interval = wilson(int(found.hit_Q.sum()), n)
     else:
         interval = bootstrap(lambda weight_U: found.value(weight_U[unit_Q]), units, seed)
+        if interval[0] == interval[1]:  # every class all right or all wrong: redrawing shows no doubt, which is not certainty
+            size_C = np.unique(found.group_Q, return_counts=True)[1]
+            as_many = units if found.over != "classes" else len(size_C) ** 2 / (1 / size_C).sum()
+            interval = wilson(found.value() * as_many, as_many)
     return Measured(metric, n, found.value(), interval, chance, main_metric)
 
 

@@ -11,7 +11,7 @@ RESAMPLES = 1000
 Interval = tuple[float, float]
 
 
-def wilson(hits: int, n: int, z: float = Z95) -> Interval:
+def wilson(hits: float, n: float, z: float = Z95) -> Interval:
     """Wilson's score interval for `hits` of `n` independent outcomes (Wilson 1927). Raises ValueError for n = 0."""
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"{hits} hits of {n} outcomes is no share")

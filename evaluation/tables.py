@@ -28,6 +28,8 @@ def write_markdown(path: Path, name: str, weights: str, rows: list[Row], tables:
         (row["dataset"], f"{row['task']}, {row.get('protocol', '')}", row["metric"], f"{row['value']:.1%}",
          f"{row['interval'][0]:.1%} – {row['interval'][1]:.1%}", f"{row['chance']:.1%}", f"{row['n']:,}") for row in rows])
     lines += [f"\n**{_cell(row['dataset'])}**: {_cell(row['alarm'])}" for row in rows if row.get("alarm")]
+    notes = dict.fromkeys((row["dataset"], (row.get("details") or {}).get("note")) for row in rows)
+    lines += [f"\n{_cell(dataset)}: {_cell(note)}" for dataset, note in notes if note]
     for table in tables:
         lines += ["", f"## {table.title}, %", "", *_markdown(("", *table.columns), [
             (line.name, *(shown(value) for value in line.values)) for line in table.lines])]

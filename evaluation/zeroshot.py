@@ -1,5 +1,6 @@
 """Zero-shot classification: an image belongs to the class whose prompts it is nearest to. N images, C classes."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,14 @@ def measure(job: Job) -> Finding:
     said_N = nearest(features.z_ND, class_CD, 1)[:, 0]
     return Finding(scores(found, classes, job.seed, mean_per_class_is_main(evalset.name)), found,
                    examples.of_classes(features.z_ND, class_CD, label_N, said_N, evalset),
-                   alarm=alarm.permuted(label_N, said_N, evalset.classnames))
+                   _of_shared_names(evalset), alarm.permuted(label_N, said_N, evalset.classnames))
+
+
+def _of_shared_names(evalset: EvalSet) -> dict[str, str]:
+    """A word of warning where prompts cannot tell classes apart: all their images are ties, which count as wrong."""
+    twice = [name for name, labels in Counter(name.casefold() for name in evalset.classnames).items() if labels > 1]
+    return {"note": f"several classes share a name ({', '.join(twice[:3])}), and their images all count as wrong: give these "
+                    "classes names of their own in classnames.txt"} if twice else {}
 
 
 def scores(found: Ranks, classes: int, seed: int, main_is_mean: bool) -> list[Measured]:

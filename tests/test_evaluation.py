@@ -157,6 +157,13 @@ def test_zeroshot_scores_by_hand() -> None:
     assert [(m.metric, m.main_metric) for m in few] == [("accuracy", False), ("mean_per_class_recall", True)]
 
 
+def test_a_mean_over_classes_that_are_all_right_or_all_wrong_is_not_certain() -> None:
+    for rank_N, hits in (([0, 0, 0, 0, 9, 9, 9, 9], 4), ([9] * 8, 0), ([0] * 8, 8)):
+        ranks = {"class": (np.array(rank_N), np.repeat([0, 1], 4))}
+        found = {m.metric: m for m in zeroshot.scores(ranks, 2, 0, False)}["mean_per_class_recall"]
+        assert found.value == hits / 8 and found.interval == pytest.approx(wilson(hits, 8))  # equal classes: the plain share
+
+
 def test_chance_of_retrieval_by_enumeration() -> None:
     texts_N = np.array([1, 2, 3])  # captions 0 | 1, 2 | 3, 4, 5
     owner = [0, 1, 1, 2, 2, 2]
@@ -238,6 +245,14 @@ def test_finished_rows_are_skipped_until_something_they_depend_on_changes(
         "dataset", "split", "task", "metric", "n", "value", "interval", "chance", "main_metric", "weights_sha256",
         "data_sha256", "prompts_sha256", "transform", "protocol", "outcomes", "details", "alarm", "versions", "seed",
         "checkpoint", "seconds", "created"}
+
+
+def test_classes_of_one_name_are_told(subject: Subject, tmp_path: Path) -> None:
+    for name, names in (("same", ["x", "X"]), ("own", ["x", "y"])):
+        pairs = [(encoded(picture(i)), i % 2) for i in range(4)]
+        write_evalset(tmp_path / name, "test", pairs, "classification", names, ["{c}"])
+        rows = evaluate("zeroshot", Bench.of(subject, tmp_path / "r.jsonl"), [tmp_path / name])
+        assert rows[0]["details"].get("note", "").startswith("several classes share a name (x)") == (name == "same")
 
 
 def test_an_index_becomes_a_retrieval_set(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
