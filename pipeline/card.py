@@ -56,7 +56,7 @@ def write_card(index: Index, out: Path, name: str = "") -> dict[str, Any]:
     picture_sheet(index, picture)
     with replacing(out) as temporary:
         temporary.write_text(_environment.get_template("card.md.jinja").render(
-            name=name or index.folder.resolve().name, s=told, shown=min(24, len(index)), picture=picture.name,
+            name=name or index.folder.resolve().name, s=told, shown=min(24, told["samples"]), picture=picture.name,
             weights=index.manifest.get("weights", {}), licences=LICENCES, unknown=_UNKNOWN, names=_NAMES,
             made=_made(index)), encoding="utf-8")
     return told

@@ -84,6 +84,7 @@ def filter(index: IndexFolder, out: SkipList, keep: Keep = None) -> None:
     from pipeline.console import InputError
     from pipeline.index import Index
     from pipeline.selection import condition, select
+    from pipeline.skips import present
 
     if not keep:
         raise InputError("no condition is given: say for instance --keep 'side>=128'")
@@ -91,7 +92,8 @@ def filter(index: IndexFolder, out: SkipList, keep: Keep = None) -> None:
     counts = select(opened, out, [condition(text) for text in keep])
     for text, count in counts.items():
         say(f"{count:>12,}  not {text}")
-    say(f"{len(opened) - sum(counts.values()):>12,}  of {len(opened):,} samples stay; {out} lists the others")
+    every = len(present(opened))
+    say(f"{every - sum(counts.values()):>12,}  of {every:,} samples stay; {out} lists the others")
 
 
 def forget(
@@ -118,7 +120,7 @@ def forget(
 
     words = [*(what or []), *(words_of(file) if file else [])]
     done = run_forget(folder, parse(words), reason, rewrite)
-    say(f"{done.named:>12,}  named: {done.indexed:,} samples left the index, {done.removed:,} were removed from tars; "
+    say(f"{done.named:>12,}  named: {done.indexed:,} samples of the index, {done.removed:,} were removed from tars; "
         f"{folder}/forgotten.parquet keeps them out")
     if done.unknown:
         say(f"{done.unknown:>12,}  sha256 that no file here has: they will keep out files of exactly these bytes")

@@ -8,12 +8,12 @@ import pyarrow as pa
 
 from pipeline.console import WorkFailed
 from pipeline.evalsets import EvalSet
-from pipeline.files import replacing, write_json
+from pipeline.files import alone, replacing, write_json
 from pipeline.groups import chained, named
 from pipeline.hashes import evalset_hashes, index_hashes, near_pairs
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS
-from pipeline.skips import write_skips
+from pipeline.skips import present, write_skips
 
 DISTANCE = 4  # of 64 bits: re-encoded and resized copies are 0 to 4 apart, other photographs hardly ever below 10
 
@@ -33,18 +33,22 @@ class Found:
 def duplicates(index: Index, distance: int = DISTANCE, workers: int | None = None) -> Found:
     """Fill the index's group column: equal for rows of one group, −1 for rows that are alone. The fingerprint stays.
 
-    Raises WorkFailed where the index has become another meanwhile.
+    What is taken down is alone. Raises WorkFailed where the index has become another meanwhile.
     """
-    hashes = index_hashes(index, workers)
+    rows = present(index)
+    hashes = index_hashes(index, workers)[rows]
     edges = [chained(hashes["bytes"]), chained(hashes["pixels"]), _near(hashes, distance)]
-    group = named(np.concatenate(edges, axis=1), index.columns(np.arange(len(index)))["sample_id"])
+    group = np.full(len(index), -1)
+    group[rows] = named(np.concatenate(edges, axis=1), index.columns(rows)["sample_id"])
     sizes = np.unique(group[group >= 0], return_counts=True)[1]
     found = Found(*(len(np.unique(edge)) for edge in edges), groups=len(sizes), rows=int(sizes.sum()),
                   largest=int(sizes.max(initial=0)))
-    if Index.open(index.folder).fingerprint != index.fingerprint:
-        raise WorkFailed(f"{index.folder}: the index was made anew meanwhile: run the same command again")
-    _write_groups(index.folder / INDEX_NAME, group)
-    write_json(index.folder / MANIFEST_NAME, {**index.manifest, "duplicates": {"distance": distance, **vars(found)}})
+    with alone([index.folder]):
+        now = Index.open(index.folder)  # a takedown may have changed it
+        if now.fingerprint != index.fingerprint:
+            raise WorkFailed(f"{index.folder}: the index was made anew meanwhile: run the same command again")
+        _write_groups(index.folder / INDEX_NAME, group)
+        write_json(index.folder / MANIFEST_NAME, {**now.manifest, "duplicates": {"distance": distance, **vars(found)}})
     return found
 
 
@@ -72,8 +76,8 @@ def _write_groups(path: Path, group: np.ndarray) -> None:
 def overlap(index: Index, evalsets: list[EvalSet], out: Path, distance: int = DISTANCE,
             workers: int | None = None) -> dict[str, dict[str, int]]:
     """Write a skip list of the rows that are images of an evaluation set; set → how many by kind of likeness."""
-    hashes = index_hashes(index, workers)
-    ids = index.columns(np.arange(len(index)))["sample_id"]
+    rows = present(index)
+    hashes, ids = index_hashes(index, workers)[rows], index.columns(rows)["sample_id"]
     reasons: dict[int, str] = {}
     counts: dict[str, dict[str, int]] = {}
     for evalset in evalsets:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.console import WorkFailed
 from pipeline.evalsets import EvalSet
 from pipeline.files import replacing
 from pipeline.images import Undecodable, upright_rgb
@@ -80,7 +81,7 @@ def _kept(index: Index, shard: int) -> np.ndarray | None:
 
 
 def index_hashes(index: Index, workers: int | None = None) -> np.ndarray:
-    """HASHES of every row. Interrupted, the next call goes on; only new shards are read."""
+    """HASHES of every row. Interrupted, the next call goes on; only new shards are read. Raises WorkFailed."""
     shards = range(len(index.shards))
     fresh = [shard for shard in shards if _kept(index, shard) is None]
     with Meter("hashing tars", len(shards), len(shards) - len(fresh)) as meter:
@@ -88,6 +89,8 @@ def index_hashes(index: Index, workers: int | None = None) -> np.ndarray:
         for count, _ in enumerate(done, len(shards) - len(fresh) + 1):
             meter.at(count)
     kept = [hashes for shard in shards if (hashes := _kept(index, shard)) is not None]
+    if len(kept) < len(shards):  # the workers open what is there now
+        raise WorkFailed(f"{index.folder}: the index was made anew meanwhile: run the same command again")
     return np.concatenate(kept) if kept else np.empty(0, HASHES)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.console import InputError, WorkFailed, existing
-from pipeline.files import replacing, write_json
+from pipeline.files import alone, homes, replacing, write_json
 from pipeline.groups import Carried, Grouped, carried
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, PREVIOUS_NAME, manifest_of
 from pipeline.scans import Scanned, scanned
@@ -60,7 +60,6 @@ def tars_of(folder: Path) -> list[str]:
 
 
 def _tars(folder: Path) -> list[str]:
-    existing(folder, "the folder")
     if not (names := tars_of(folder)):
         raise InputError(f"{folder} holds no .tar file: give the folder that `uniclip-data download` wrote, "
                          "or any folder of WebDataset tars")
@@ -185,8 +184,14 @@ def _quarantine(path: Path, shards: list[Scanned]) -> Counter[str]:
 def build(folder: Path, workers: int | None = None, command: str = "") -> dict:
     """Index every tar under `folder`; returns the manifest, which is written last. Only new and changed tars are read.
 
-    Raises InputError where there is no tar, WorkFailed where there is no usable sample.
+    Takedowns wait until it has ended. Raises InputError where there is no tar, WorkFailed where there is no usable sample.
     """
+    with alone(homes(existing(folder, "the folder"))):
+        return build_locked(folder, workers, command)
+
+
+def build_locked(folder: Path, workers: int | None = None, command: str = "") -> dict:
+    """The same for who is `alone` there."""
     names = _tars(folder)
     shards = scanned(folder, names, workers, Forgotten.beside(folder, names))
     excluded = _quarantine(folder / QUARANTINE_NAME, shards)

@@ -23,7 +23,7 @@ from pipeline.reader import Place, ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch
-from pipeline.skips import Forgotten
+from pipeline.skips import Forgotten, present
 from pipeline.wording import Draw, tokens_of
 
 READ_AHEAD_BATCHES = 2
@@ -112,14 +112,15 @@ class Loader:
         choices = [self.index.captions(int(row)) for row in rows]
         drawn = draw_captions(seed, epochs, repeats, ids, np.array([len(c) for c in choices]))
         captions = [c[d] for c, d in zip(choices, drawn, strict=True)]
-        groups = group_ids(ids, columns["group"], captions)
+        gone = np.isin(ids, self._forgotten)
+        groups = group_ids(ids, np.where(gone, -1, columns["group"]), captions)
         sizes = np.stack([columns["width"], columns["height"]], axis=1)[self._mine]
         mine = {name: column[self._mine] for name, column in columns.items()}
         vectors = sample_vectors(seed, epochs[self._mine], repeats[self._mine], mine["sample_id"], sizes,
                                  self.recipe.kinds)
         self._shards.expect(self._order.window_shards(position))
-        gone = np.isin(mine["sample_id"], self._forgotten)
-        wanted = zip(gone.tolist(), *(mine[name].tolist() for name in ("shard", "offset", "size", "plain")), strict=True)
+        wanted = zip(gone[self._mine].tolist(), *(mine[name].tolist() for name in ("shard", "offset", "size", "plain")),
+                     strict=True)
         reads = self._ahead.ask([partial(self._read, *member) for member in wanted])
         return _Drawn(position, rows[self._mine], mine, vectors, captions[self._mine],
                       Draw(seed, epochs[self._mine], repeats[self._mine], mine["sample_id"]), groups[self._mine], reads)
@@ -190,8 +191,8 @@ class Indexed:
         return f"{len(self.plan):,} samples"
 
     def captions(self) -> Iterator[str]:
-        """Every caption of the index."""
-        return (caption for row in range(len(self.index)) for caption in self.index.captions(row))
+        """Every caption that is not taken down."""
+        return (caption for row in present(self.index) for caption in self.index.captions(int(row)))
 
     def loader(self, tokenizer: Callable[[list[str]], np.ndarray], recipe: Recipe, cursor: Cursor, batch_size: int,
                device: str = "cpu", rank: int = 0, world: int = 1, ledger: Ledger | None = None) -> Loader:

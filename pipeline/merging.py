@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.console import InputError, WorkFailed
-from pipeline.files import sha256_of
+from pipeline.files import alone, homes
 from pipeline.groups import Grouped
 from pipeline.index import INDEX_NAME, Index, manifest_of
 from pipeline.indexing import assemble, remove, tars_of
@@ -49,7 +49,6 @@ class Part:
     number: int
     name: str
     dropped: np.ndarray
-    rewritten: bool = False
 
     @property
     def size(self) -> int:
@@ -57,8 +56,6 @@ class Part:
 
     @property
     def sha256(self) -> str:
-        if self.rewritten:
-            return sha256_of(self.index.folder / self.index.shards[self.number])
         return self.index.manifest["shards"][self.number]["sha256"]
 
     @property
@@ -138,8 +135,16 @@ def scans_below(folder: Path, named: Forgotten) -> Iterator[tuple[Path, Scanned]
 def merge(out: Path, inputs: list[Input], command: str = "") -> dict:
     """Unite indexes into OUT/index.arrow; returns the manifest. The first index that has an id keeps its image.
 
-    What is forgotten in one of them is left out of all; groups stay. Raises InputError, and WorkFailed where nothing is left.
+    What is forgotten in one of them is left out of all; groups stay. Takedowns wait until it has ended. Raises InputError,
+    and WorkFailed where nothing is left.
     """
+    with alone({home for place in [out, *(below for one in inputs for below in places(one.folder))] if place.is_dir()
+                for home in homes(place)}):
+        return merge_locked(out, inputs, command)
+
+
+def merge_locked(out: Path, inputs: list[Input], command: str = "") -> dict:
+    """The same for who is `alone` there."""
     indexes = [(Index.open(one.folder), one.weight) for one in inputs]
     weights = _weights(indexes)
     if (before := manifest_of(out)) and "merged_from" not in before:

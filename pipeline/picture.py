@@ -21,7 +21,7 @@ from pipeline.reader import ShardReader
 from pipeline.replay import pixels
 from pipeline.sampling import KINDS, RECIPES, ViewKind, draw_captions, sample_vectors
 from pipeline.schema import IDENTITY, VECTOR, VECTOR_SIZE
-from pipeline.skips import Forgotten
+from pipeline.skips import Forgotten, present
 
 COLORS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02")
 _CELL = 2.1  # inches
@@ -161,6 +161,8 @@ def draw_replay(index: Index, out: Path, sample_id: int, vector: str, size: int)
         raise InputError(f"--vector {vector}: give a JSON list of {VECTOR_SIZE} finite numbers "
                          f"({', '.join(field.name for field in VECTOR)})")
     row = find_sample(index, sample_id)
+    if row is not None and row not in present(index):
+        raise InputError(f"{index.folder}: the sample with id {sample_id} was taken down")
     if row is None:
         raise InputError(f"{index.folder} has no sample with id {sample_id}")
     reader = ShardReader(index.folder, index.shards)

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -103,14 +104,18 @@ def file_system(url: str) -> tuple[Any, str]:
     return url_to_fs(url, client_kwargs={"timeout": HTTP_TIMEOUT})
 
 
+def _opened(url: str) -> tuple[Any, str]:
+    try:
+        return file_system(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"data.shards = {url!r}: {error}") from None
+
+
 class RemoteShards:
     """Tars under an fsspec URL: members by range, and from whole copies where a cache has them."""
 
     def __init__(self, url: str, shards: list[Copied], cache: Path | None, cache_bytes: int):
-        try:
-            self._fs, self._root = file_system(url)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"data.shards = {url!r}: {error}") from None
+        self._fs, self._root = _opened(url)
         self._shards = shards
         self._cache = Cache(cache, cache_bytes, self._fetch, shards) if cache else None
         self._copies = ShardReader(cache, [shard.copy for shard in shards]) if cache else None
@@ -156,16 +161,33 @@ class Place:
     timeout: float = 60.0
 
     def check(self, folder: Path, shards: list[dict]) -> None:
-        """Raise InputError when a local shard is missing or has another size than its index says."""
+        """Raise InputError when a shard is missing or has another size than its index says, or a store does not answer."""
         if "://" in self.url:
+            self._check_remote(shards)
             return
         root = Path(self.url) if self.url else folder
         for shard in shards:
             path = root / shard["name"]
             size = path.stat().st_size if path.is_file() else None
-            if size != (expected := shard["size"]):
-                found = "missing" if size is None else f"{size:,} bytes and was {expected:,}"
-                raise InputError(f"{path} is {found}: put it back, or run `uniclip-data index {folder}` again")
+            if size != shard["size"]:
+                raise InputError(f"{path} is {_found(size, shard)}: put it back, or run `uniclip-data index {folder}` again")
+
+    def _check_remote(self, shards: list[dict]) -> None:
+        fs, root = _opened(self.url)
+        reads, asked = ReadAhead(), 4 * READERS
+        try:
+            for part in (shards[start:start + asked] for start in range(0, len(shards), asked)):
+                infos = reads.answers(reads.ask([partial(fs.info, f"{root}/{shard['name']}") for shard in part]), self.timeout)
+                for shard, info in zip(part, infos, strict=True):
+                    name = f"{self.url}/{shard['name']}"
+                    if isinstance(info, Exception):
+                        raise InputError(f"{name} is missing or does not answer ({info.__cause__ or info!r}): copy it there, "
+                                         "check data.shards, or wait longer with data.read_timeout")
+                    if (size := info.get("size")) not in {None, shard["size"]}:  # a web server may not tell it
+                        raise InputError(f"{name} is {_found(size, shard)}: copy it there again, or give the index of these "
+                                         "shards")
+        finally:
+            reads.close()
 
     def shards(self, folder: Path, shards: list[dict]) -> Shards:
         """A reader of a manifest's shards. Raises InputError for a URL that fsspec cannot open."""
@@ -173,6 +195,10 @@ class Place:
             told = [Copied(shard["name"], shard["size"], shard["sha256"]) for shard in shards]
             return RemoteShards(self.url, told, self.cache, self.cache_bytes)
         return ShardReader(Path(self.url) if self.url else folder, [shard["name"] for shard in shards])
+
+
+def _found(size: int | None, shard: dict) -> str:
+    return "missing" if size is None else f"{size:,} bytes and was {shard['size']:,}"
 
 
 def _outcome(future: "Future[T]") -> T | Exception:

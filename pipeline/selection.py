@@ -14,7 +14,7 @@ from pipeline.columns import COLUMNS, tables
 from pipeline.console import InputError, WorkFailed
 from pipeline.index import Index
 from pipeline.progress import Meter
-from pipeline.skips import write_skips
+from pipeline.skips import present, write_skips
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge, "<=": operator.le, "!=": operator.ne, "=": operator.eq, ">": operator.gt, "<": operator.lt}
@@ -52,19 +52,24 @@ def condition(text: str) -> Condition:
 
 
 def select(index: Index, out: Path, conditions: list[Condition]) -> dict[str, int]:
-    """Write the skip list; returns how many samples each condition is the first to refuse. Raises WorkFailed when all."""
+    """Write the skip list; returns how many samples each condition is the first to refuse. Raises WorkFailed when all.
+
+    What is taken down is neither counted nor listed.
+    """
+    here = np.zeros(len(index), bool)
+    here[present(index)] = True
     reasons: dict[int, str] = {}
     with Meter("filtering", len(index)) as meter:
         for table in tables(index):
-            left = np.ones(table.num_rows, bool)
+            left = here[meter.done:meter.done + table.num_rows].copy()
             ids = table["sample_id"].to_numpy()
             for one in conditions:
                 kept = one.met(COLUMNS[one.column][1](table))
                 reasons |= dict.fromkeys(ids[left & ~kept].tolist(), f"not {one.text}")
                 left &= kept
             meter.at(meter.done + table.num_rows)
-    if len(reasons) == len(index):
-        raise WorkFailed(f"{index.folder}: no sample of {len(index):,} meets {', '.join(one.text for one in conditions)}")
+    if len(reasons) == here.sum():
+        raise WorkFailed(f"{index.folder}: no sample of {here.sum():,} meets {', '.join(one.text for one in conditions)}")
     write_skips(out, reasons)
     counts = Counter(reasons.values())
     return {one.text: counts[f"not {one.text}"] for one in conditions}

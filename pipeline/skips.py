@@ -94,9 +94,14 @@ class Forgotten:
 
     @classmethod
     def beside(cls, folder: Path, tars: Iterable[str] = ()) -> "Forgotten":
-        """All lists that bind `folder`: its own, those of the folders above it, and those on the way to its tars."""
-        above = folder.absolute().parents
-        within = {parent for name in tars for parent in PurePosixPath(name).parents}
+        """All lists that bind `folder`: its own, those of the folders above it, and those on the way to its tars.
+
+        Of tars that are links those on the way to where they really are, too.
+        """
+        names = list(tars)
+        within = {parent for name in names for parent in PurePosixPath(name).parents}
+        real = {(folder / name).resolve().parent for name in names}
+        above = [*folder.absolute().parents, *sorted({parent for one in real for parent in (one, *one.parents)})]
         folders = dict.fromkeys([folder, *above, *(folder / part for part in sorted(within))])
         return reduce(or_, (Forgotten.read(one / FORGOTTEN_NAME) for one in folders))
 

@@ -88,6 +88,8 @@ def condition(text: str) -> tuple[str, str]:
 
 
 def _column(names: list[str], wanted: str, path: Path) -> int:
+    if names.count(wanted) > 1:
+        raise InputError(f"{path} has {names.count(wanted)} columns {wanted!r}: rename all but one")
     if wanted in names:
         return names.index(wanted)
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)

@@ -11,7 +11,8 @@ from pipeline.columns import gathered, languages_of, script_of
 from pipeline.download import SETTINGS
 from pipeline.index import Index
 from pipeline.retry import together
-from pipeline.survival import percent
+from pipeline.skips import present
+from pipeline.survival import FORGOTTEN, percent
 
 _SHARES = (0, 5, 25, 50, 75, 95, 100)
 _MEASURED = ("side", "aspect", "size", "captions", "words", "characters")
@@ -26,9 +27,9 @@ def spread(values: np.ndarray) -> dict[str, float]:
             **{f"p{share}": round(float(cut), 2) for share, cut in zip(_SHARES, cuts, strict=True)}}
 
 
-def sample_rows(index: Index, count: int, seed: int = 0) -> np.ndarray:
-    """Some rows, the same ones every time."""
-    return np.sort(np.random.default_rng(seed).choice(len(index), min(count, len(index)), replace=False))
+def sample_rows(rows: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Some of these rows, the same ones every time."""
+    return np.sort(np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False))
 
 
 def downloads(index: Index) -> list[Path]:
@@ -38,18 +39,20 @@ def downloads(index: Index) -> list[Path]:
 
 
 def statistics(index: Index) -> dict[str, Any]:
-    """Everything `stats` prints and the data card tells, ready for JSON."""
-    columns = gathered(index, [*_MEASURED, "source", "plain", "group"])
-    groups = columns["group"][columns["group"] >= 0]
-    captions = [index.captions(int(row))[0] for row in sample_rows(index, LANGUAGE_SAMPLES)]
+    """Everything `stats` prints and the data card tells of the samples that are not taken down, ready for JSON."""
+    rows = present(index)
+    columns = {name: values[rows] for name, values in gathered(index, [*_MEASURED, "source", "plain", "group"]).items()}
+    groups, sizes = np.unique(columns["group"][columns["group"] >= 0], return_counts=True)
+    captions = [index.captions(int(row))[0] for row in sample_rows(rows, LANGUAGE_SAMPLES)]
+    excluded = Counter(index.manifest["counts"]["excluded"]) + Counter({FORGOTTEN: len(index) - len(rows)})
     return {
-        "samples": len(index), "shards": len(index.shards), "bytes": int(columns["size"].sum()),
+        "samples": len(rows), "shards": len(index.shards), "bytes": int(columns["size"].sum()),
         "fingerprint": index.fingerprint, "merged": index.manifest["counts"]["merged"],
-        "excluded": index.manifest["counts"]["excluded"], "sources": dict(Counter(columns["source"].tolist()).most_common()),
+        "excluded": dict(excluded), "sources": dict(Counter(columns["source"].tolist()).most_common()),
         "survival": together(downloads(index)), "spread": {name: spread(columns[name]) for name in _MEASURED},
         "plain": int(columns["plain"].sum()),
         "duplicates": (known := index.manifest.get("duplicates")) and {
-            "rows": len(groups), "groups": len(np.unique(groups)), "uncompared": known.get("uncompared", 0)},
+            "rows": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()), "uncompared": known.get("uncompared", 0)},
         "scripts": dict(Counter(map(script_of, captions)).most_common()), "languages": _languages(captions)}
 
 

@@ -81,7 +81,7 @@ class Stream:
     def open(cls, pattern: str, skip_ids: np.ndarray, timeout: float = 60.0) -> "Stream":
         """Raises InputError."""
         urls = tuple(shard_urls(pattern))
-        folders = {Path(url).parent for url in urls if "://" not in url}
+        folders = {path.parent for url in urls if "://" not in url for path in (Path(url), Path(url).resolve())}
         gone = reduce(or_, map(Forgotten.beside, sorted(folders)), Forgotten())
         chosen: dict[str, object] = {"skip": digest(skip_ids) if len(skip_ids) else ""}
         return cls(urls, skip_ids, chosen, timeout, gone)

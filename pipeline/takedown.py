@@ -1,16 +1,15 @@
 """Takedown: samples named by URL, id or hash leave a download or an index for good.
 
-They are listed in forgotten.parquet (schema.FORGOTTEN), which download, retry, index and merge obey; a rewrite also blanks
-their bytes in the tars. Other bytes keep their places there, so that every index of those tars stays right.
+They are listed in forgotten.parquet (schema.FORGOTTEN), which all commands obey; a rewrite also blanks their bytes in the
+tars, and their keys and captions in the indexes. Bytes and rows keep their places, so that every index of those tars stays
+right and a run goes on; the next `index` or `merge` leaves the rows out.
 """
 
-import fcntl
 import json
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -21,12 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.console import InputError, existing
-from pipeline.files import replacing, write_json
-from pipeline.index import MANIFEST_NAME, Index, manifest_of
-from pipeline.indexing import assemble, build, remove
-from pipeline.merging import Input, Part, merge, places, scans_below
-from pipeline.schema import sample_id_of
-from pipeline.skips import FORGOTTEN_NAME, Forgotten
+from pipeline.files import alone, homes, replacing, sha256_of, write_json
+from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index, manifest_of
+from pipeline.indexing import build_locked, remove
+from pipeline.merging import Input, merge_locked, places, scans_below
+from pipeline.scans import Scanned
+from pipeline.schema import INDEX, sample_id_of
+from pipeline.skips import FORGOTTEN_NAME, Forgotten, present
 from pipeline.survival import FORGOTTEN
 from pipeline.tars import Known, blank, is_utf8
 
@@ -49,7 +49,7 @@ class Takedown:
 
 @dataclass(frozen=True)
 class Done:
-    """How many were named, left the index, and were blanked in tars.
+    """How many were named, are no longer present in the index, and were blanked in tars.
 
     unknown: hashes that nothing here has; untold: folders that this index was merged from and whose lists cannot be written;
     emptied: folders whose index has gone with its last sample.
@@ -66,6 +66,8 @@ class Done:
 def words_of(path: Path) -> list[str]:
     """The lines of a list. Raises InputError."""
     words = []
+    if path.is_dir():
+        raise InputError(f"--list {path} is a folder: give a file with one URL, id or sha256 a line")
     for number, line in enumerate(existing(path, "the list").read_bytes().splitlines(), 1):
         try:
             words.append(line.decode("utf-8-sig"))
@@ -92,7 +94,7 @@ def parse(words: Iterable[str]) -> Takedown:
 
 
 def forget(folder: Path, what: Takedown, reason: str = "takedown", rewrite: bool = False) -> Done:
-    """Add to forgotten.parquet in FOLDER and in the folders that its index was merged from; take it out of their indexes.
+    """Add to forgotten.parquet in FOLDER and in the folders that its index was merged from. Their indexes keep the rows.
 
     Nothing need be here yet: it will never be fetched or indexed. What has a named hash goes with all its ids and hashes.
     Stopped anywhere, the same call goes on. Raises InputError before anything is changed.
@@ -101,58 +103,56 @@ def forget(folder: Path, what: Takedown, reason: str = "takedown", rewrite: bool
     untold = tuple(place for place in within if not os.access(place, os.W_OK))
     if untold and (rewrite or folder in untold):
         raise InputError(f"{untold[0]} is not here or cannot be written: run the same command where it can")
-    with _alone(place for place in within if place not in untold):
-        return _forget(folder, [place for place in within if place not in untold], untold, what, reason, rewrite)
-
-
-@contextmanager
-def _alone(folders: Iterable[Path]) -> Iterator[None]:
-    """Wait until no other takedown is at work in these folders."""
-    with ExitStack() as stack:
-        for folder in sorted({folder.resolve() for folder in folders}):
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    here = [place for place in within if place not in untold]
+    with alone({home for place in here for home in homes(place)}):
+        return _forget(folder, here, untold, what, reason, rewrite)
 
 
 def _forget(folder: Path, within: list[Path], untold: tuple[Path, ...], what: Takedown, reason: str, rewrite: bool) -> Done:
     told = {place: Forgotten.read(place / FORGOTTEN_NAME) for place in within}
     indexes = {place: Index.open(place) for place in told if (place / MANIFEST_NAME).exists()}
-    named, tars = what.named(reason.encode(errors="replace").decode()), {}
+    before = {place: len(present(index)) for place, index in indexes.items()}
+    reason = reason.encode(errors="replace").decode()
+    named, tars, scans = what.named(reason), {}, {}
     if rewrite or what.hashes:
-        named, tars = _found(folder, named, told.values() if rewrite else ())
+        named, tars, scans = _found(folder, named, told.values() if rewrite else ())
+    known = {one for taken in tars.values() for one in taken}
     if rewrite:
         _check(tars)
-    for place, before in told.items():
-        (before | named).write(place / FORGOTTEN_NAME)
-    for tar in tars if rewrite else ():
-        _mark(tar, {one.key for one in tars[tar]})
-        blank(tar, {one.key for one in tars[tar]})
-    known = {one for taken in tars.values() for one in taken}
-    gone, touched = {one.sample_id for one in known}, set(tars) if rewrite else set()
-    left = {place: _reduce(index, gone, touched) for place, index in indexes.items()}
+        named |= Forgotten({one.sample_id: reason for one in known})  # of equal keys all lose their bytes
+    for place, listed in told.items():
+        (listed | named).write(place / FORGOTTEN_NAME)
+    sums = _blank(tars, scans) if rewrite else {}
+    left = {place: len(present(index)) for place, index in indexes.items()}
+    for place, index in indexes.items():
+        if not left[place]:
+            remove(place)
+        elif rewrite:
+            _scrub(index, sums)
     for place in reversed(told):
         if place not in indexes and (previous := manifest_of(place)):
             _remake(place, previous)
-    return Done(named=len(what.urls) + len(what.ids) + len(what.hashes), indexed=left.get(folder, 0),
-                removed=len({(tar.resolve(), one.key) for tar in touched for one in tars[tar]}),
+    return Done(named=len(what.urls) + len(what.ids) + len(what.hashes),
+                indexed=before[folder] - left[folder] if folder in left else 0,
+                removed=len({(tar.resolve(), one.key) for tar in tars for one in tars[tar]}) if rewrite else 0,
                 unknown=len(what.hashes - {one.sha256 for one in known} - {one.original for one in known}), untold=untold,
-                emptied=tuple(place for place, index in indexes.items() if left[place] == len(index)))
+                emptied=tuple(place for place in indexes if not left[place]))
 
 
-def _found(folder: Path, named: Forgotten, earlier: Iterable[Forgotten]) -> tuple[Forgotten, dict[Path, set[Known]]]:
-    """Tar → what is named in it, now or earlier; and all ids and hashes of what has a hash that is named."""
+def _found(folder: Path, named: Forgotten, earlier: Iterable[Forgotten]
+           ) -> tuple[Forgotten, dict[Path, set[Known]], dict[Path, Scanned]]:
+    """All ids and hashes of what has a hash that is named; tar → what is named in it, now or earlier; tar → its scan."""
     reason = next(iter({**named.ids, **named.hashes}.values()))
     while True:
         tars: defaultdict[Path, set[Known]] = defaultdict(set)
-        for tar, shard in scans_below(folder, reduce(Forgotten.__or__, earlier, named)):
-            if taken := shard.taken():
+        scans = dict(scans_below(folder, reduce(Forgotten.__or__, earlier, named)))
+        for tar, scan in scans.items():
+            if taken := scan.taken():
                 tars[tar].update(taken)
         alike = [one for taken in tars.values() for one in taken if {one.sha256, one.original} & named.hashes.keys()]
         sums = {one for known in alike for one in (known.sha256, known.original) if one}
         if sums <= named.hashes.keys() and {one.sample_id for one in alike} <= named.ids.keys():
-            return named, dict(tars)
+            return named, dict(tars), scans
         named |= Forgotten({one.sample_id: reason for one in alike}, dict.fromkeys(sums, reason))
 
 
@@ -166,31 +166,45 @@ def _check(tars: Iterable[Path]) -> None:
                              "(cp, then mv over it), and forget in the others' folders as well")
 
 
-def _reduce(index: Index, gone: set[int], touched: set[Path]) -> int:
-    """The same index without these samples and those of all lists; how many they were. Without any left it is taken away."""
-    gone = gone | Forgotten.beside(index.folder, index.shards).ids.keys()
-    dropped, real = np.fromiter(gone, np.int64), {tar.resolve() for tar in touched}
-    parts = [Part(index, number, name, dropped, (index.folder / name).resolve() in real)
-             for number, name in enumerate(index.shards)]
-    left = sum(part.gone for part in parts)
-    if left == len(index):
-        remove(index.folder)
-    elif left or any(part.rewritten for part in parts):
-        counts = index.manifest["counts"]
-        excluded = dict(Counter(counts["excluded"]) + Counter({FORGOTTEN: left}))
-        more = {name: index.manifest[name] for name in ("weights", "merged_from", "created_by") if name in index.manifest}
-        assemble(index.folder, parts, excluded, "", {  # what made it stays: the card must not tell what was taken down
-            **more, "counts": {"samples": len(index) - left, "merged": counts["merged"], "excluded": excluded}})
-    return left
+def _blank(tars: dict[Path, set[Known]], scans: dict[Path, Scanned]) -> dict[Path, str]:
+    """Put zeros into the tars; nothing of these samples stays in their scans. Every tar's new sha256."""
+    for tar, taken in tars.items():
+        _mark(tar, {one.key for one in taken})
+        blank(tar, {one.key for one in taken})
+        scans[tar].path.unlink(missing_ok=True)
+    return {tar.resolve(): sha256_of(tar) if tar in tars else scan.sha256 for tar, scan in scans.items()}
+
+
+def _scrub(index: Index, sums: dict[Path, str]) -> None:
+    """The same index with FORGOTTEN for key and captions of what is forgotten; its fingerprint stays. sums: tar → sha256."""
+    gone = pa.array(np.delete(index.columns(np.arange(len(index)))["sample_id"], present(index)))
+    if len(gone):
+        with replacing(index.folder / INDEX_NAME) as temporary, pa.ipc.new_file(temporary, INDEX) as writer:
+            for number in range(index.file.num_record_batches):
+                writer.write_batch(_scrubbed(index.file.get_batch(number), gone))
+    shards = [{**shard, "sha256": sums.get((index.folder / shard["name"]).resolve(), shard["sha256"])}
+              for shard in index.manifest["shards"]]
+    write_json(index.folder / MANIFEST_NAME, {**index.manifest, "shards": shards})
+
+
+def _scrubbed(batch: pa.RecordBatch, gone: pa.Array) -> pa.RecordBatch:
+    hit = pc.is_in(batch.column("sample_id"), value_set=gone)  # pyright: ignore[reportAttributeAccessIssue]
+    texts = batch.column("captions")
+    hits = pc.take(hit, pc.list_parent_indices(texts))  # pyright: ignore[reportAttributeAccessIssue]
+    for name, told in {"key": pc.if_else(hit, FORGOTTEN, batch.column("key")),  # pyright: ignore[reportAttributeAccessIssue]
+                       "captions": pa.ListArray.from_arrays(
+                           texts.offsets, pc.if_else(hits, FORGOTTEN, texts.values))}.items():  # pyright: ignore
+        batch = batch.set_column(INDEX.get_field_index(name), INDEX.field(name), told)
+    return batch
 
 
 def _remake(place: Path, previous: dict) -> None:
-    """An index whose making was killed at its end."""
+    """An index whose making was killed at its end, by who is `alone` there."""
     command = previous.get("created_by", {}).get("command", "")
     if "merged_from" in previous:
-        merge(place, [Input(place / one["folder"], one["weight"]) for one in previous["merged_from"]], command)
+        merge_locked(place, [Input(place / one["folder"], one["weight"]) for one in previous["merged_from"]], command)
     else:
-        build(place, command=command)
+        build_locked(place, command=command)
 
 
 def _mark(tar: Path, keys: set[str]) -> None:

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, encoded, picture
 from fsspec.implementations.memory import MemoryFileSystem
+from webserver import serving
 
 from pipeline.cache import Cache, Copied
 from pipeline.console import InputError, WorkFailed
 from pipeline.index import Index
 from pipeline.indexing import build
 from pipeline.ledger import Ledger
-from pipeline.loader import Loader
+from pipeline.loader import Indexed, Loader
 from pipeline.reader import Place, ReadAhead, RemoteShards, ShardReader
 from pipeline.recipe import Cursor, Recipe
 from pipeline.sampling import STRONG, WEAK
@@ -246,6 +247,23 @@ def test_a_file_that_others_forget_stays_open_for_its_reader(remote, monkeypatch
 
     monkeypatch.setattr("pipeline.reader.os.pread", forgotten_first)
     assert reader.read(*members(remote)[0]) == expected
+
+
+def test_remote_shards_are_compared_with_their_index_when_opened(remote):
+    with serving() as site:
+        for name in remote.shards:
+            site.pages[f"/set/{name}"] = (remote.folder / name).read_bytes()
+        place, shards = Place(site.url("/set"), timeout=5), remote.manifest["shards"]
+        place.check(remote.folder, shards)
+        site.pages["/set/1.tar"] = b"short"
+        with pytest.raises(InputError, match=r"/set/1\.tar is 5 bytes and was [0-9,]+: copy it there again"):
+            place.check(remote.folder, shards)
+        del site.pages["/set/1.tar"]
+        with pytest.raises(InputError, match=r"/set/1\.tar is missing or does not answer \(.*404"):
+            Indexed.open(remote.folder, {}, np.empty(0, np.int64), place)
+        site.pages["/set/1.tar"] = lambda handler: time.sleep(1)
+        with pytest.raises(InputError, match=r"/set/1\.tar .*no answer in 0.5 s.*data\.read_timeout"):
+            Place(site.url("/set"), timeout=0.5).check(remote.folder, shards)
 
 
 def test_an_unknown_kind_of_url_is_refused(remote):

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.console import InputError
+from pipeline.files import sha256_of
 from pipeline.images import upright_rgb
 from pipeline.index import Index
 from pipeline.indexing import build
 from pipeline.ledger import Ledger
 from pipeline.loader import Indexed, Loader
+from pipeline.merging import Input, merge
 from pipeline.picture import draw_replay
 from pipeline.plan import make_plan, read_skip_lists
 from pipeline.reader import Place
@@ -31,6 +34,8 @@ from pipeline.sampling import KINDS, RECIPES, draw_captions, sample_vectors
 from pipeline.schema import sample_id_of
 from pipeline.skips import FORGOTTEN_NAME, write_skips
 from pipeline.stream import Stream
+from pipeline.survival import FORGOTTEN
+from pipeline.takedown import forget, parse
 
 UNICLIP = tuple(KINDS[name] for name in RECIPES["uniclip"])
 WEIGHTS = {"flickr": 2.5, "cc": 0.6, "coco": 1.0}
@@ -47,7 +52,7 @@ class Nothing:
 
 def tokens(captions: list[str]) -> np.ndarray:
     """The number at the end of each caption."""
-    return np.array([[int(caption.rsplit(" ", 1)[1])] for caption in captions])
+    return np.array([[int(caption.rpartition(" ")[2].replace(FORGOTTEN, "-1"))] for caption in captions])
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -271,6 +276,55 @@ def test_a_takedown_leaves_the_rest_of_the_stream_as_it_was(index, tmp_path):
     one.close()
     streamed = Stream.open(f"{tmp_path}/set/{{000..004}}.tar", np.array([ID[7]]))
     assert {*streamed.skip_ids, *streamed.gone.ids} == {ID[5], ID[7], ID[30]}
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_a_run_goes_on_after_a_takedown(index, tmp_path, rewrite):
+    merged, bad = tmp_path / "m", tmp_path / "bad.jsonl"
+    shutil.copytree(index.folder, tmp_path / "set")
+    merge(merged, [Input(tmp_path / "set", 2)])
+    never = Indexed.open(merged, {}, np.empty(0, np.int64), Place())
+    cursor, recipe = Cursor(3, 0, never.fingerprint, "", 1), Recipe(UNICLIP, 8, "pillow", 1)
+
+    def stream(data: Indexed, cursor: Cursor, ledger: Ledger):
+        batches = iter(data.loader(tokens, recipe, cursor, 10, ledger=ledger))
+        yield from batches
+        batches.close()
+
+    whole = stream(never, cursor, Ledger(None, 1.0))
+    first = next(whole)
+    expected = [next(whole)[0] for _ in range(8)]
+    whole.close()
+    seen = set(first[0].sample_id.tolist())
+    later = next(one for one in expected[-1].sample_id.tolist() if one not in seen)
+    gone = [first[0].sample_id[0].item(), later]
+    done = forget(merged, parse(map(str, gone)), rewrite=rewrite)
+    assert (done.indexed, done.removed) == (2, 2 * rewrite)
+    resumed = Indexed.open(merged, {}, np.empty(0, np.int64), Place())
+    replace(cursor, index=resumed.fingerprint).refuse_other(first[1])
+    after = stream(resumed, first[1], Ledger(bad, 0.0))
+    for batch in expected:
+        again, left = next(after)[0], ~torch.isin(batch.sample_id, torch.tensor(gone))
+        assert torch.equal(again.sample_id, batch.sample_id)
+        assert torch.equal(again.vectors, batch.vectors)
+        assert torch.equal(again.valid, left)
+        for one, two in zip([batch.tokens, batch.group_id, *batch.views], [again.tokens, again.group_id, *again.views],
+                            strict=True):
+            assert torch.equal(one[left], two[left])
+    after.close()
+    assert not bad.exists()
+    told = set(resumed.captions())
+    number = [NUMBER[one] for one in gone]
+    assert not told & {f"caption {10 * n}" for n in number}
+    held = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert all((f"caption {10 * n}\"".encode() in held) != rewrite for n in number)
+    for folder in (merged, tmp_path / "set"):
+        opened = Index.open(folder)
+        texts = [opened.captions(row) for row in range(len(opened))]
+        assert (len(texts), [FORGOTTEN] * (1 + number[0] % 3) in texts) == (42, rewrite)
+        assert [shard["sha256"] for shard in opened.manifest["shards"]] == [sha256_of(folder / n) for n in opened.shards]
+    assert merge(merged, [Input(tmp_path / "set")])["fingerprint"] != resumed.fingerprint
+    assert len(Index.open(merged)) == 40
 
 
 def test_folders_of_shards_may_move(index, tmp_path):

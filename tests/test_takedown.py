@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +23,23 @@ from test_download import HERE, url_table
 from webserver import serving
 
 from evaluation.datasets import from_index
-from pipeline import merging
+from pipeline import indexing, merging
 from pipeline.card import write_card
 from pipeline.console import InputError, WorkFailed
 from pipeline.download import Options, download
 from pipeline.duplicates import duplicates
+from pipeline.files import alone
 from pipeline.index import Index
 from pipeline.indexing import build
 from pipeline.merging import Input, merge, places, rows_between
 from pipeline.peek import image_bytes, peek
+from pipeline.picture import draw_replay
 from pipeline.retry import retry
-from pipeline.schema import FORGOTTEN, SKIPS, sample_id_of
+from pipeline.schema import FORGOTTEN, IDENTITY, SKIPS, sample_id_of
 from pipeline.selection import condition, select
-from pipeline.skips import Forgotten, read_skips
+from pipeline.skips import Forgotten, present, read_skips
 from pipeline.stats import statistics
+from pipeline.stream import Stream
 from pipeline.survival import Report
 from pipeline.takedown import forget, parse, words_of
 from pipeline.tars import BLANK, blank, groups, scan
@@ -50,19 +55,19 @@ def sha256(data: bytes) -> str:
 
 def ids_of(folder: Path) -> set[int]:
     index = Index.open(folder)
-    return set(index.columns(np.arange(len(index)))["sample_id"].tolist())
+    return set(index.columns(present(index))["sample_id"].tolist())
 
 
 def groups_of(folder: Path) -> dict[int, int]:
     index = Index.open(folder)
-    columns = index.columns(np.arange(len(index)))
+    columns = index.columns(present(index))
     return dict(zip(columns["sample_id"].tolist(), columns["group"].tolist(), strict=True))
 
 
 def images_of(folder: Path) -> dict[int, bytes]:
     index = Index.open(folder)
     ids = index.columns(np.arange(len(index)))["sample_id"]
-    return {int(ids[row]): image_bytes(index, row) for row in range(len(index))}
+    return {int(ids[row]): image_bytes(index, row) for row in present(index)}
 
 
 def healed(folder: Path) -> Report:
@@ -111,8 +116,9 @@ def test_what_is_forgotten_is_never_fetched_indexed_or_merged(downloaded):
     assert {row["sample_id"] for row in named} == gone
     assert {row["reason"] for row in named} == {"takedown"}
     assert original in listed["sha256"].to_pylist()
-    assert Index.open(folder).manifest["counts"] == {"samples": 5, "merged": 0, "excluded": {"forgotten": 3}}
-    assert build(folder, 1)["counts"] == Index.open(folder).manifest["counts"]
+    told = statistics(Index.open(folder))
+    assert (told["samples"], told["excluded"]) == (5, {"forgotten": 3})
+    assert build(folder, 1)["counts"] == {"samples": 5, "merged": 0, "excluded": {"forgotten": 3}}
     site.hits.clear()
     retry(folder, SPEED)
     assert not site.hits
@@ -178,6 +184,7 @@ def test_a_rewrite_blanks_the_bytes_and_moves_nothing(downloaded):
     assert build(folder, 1)["counts"] == {"samples": 7, "merged": 0, "excluded": {}}
     for name in ("index.arrow", "manifest.json"):  # an index that nobody told reads zeros, and its neighbours as before
         shutil.copy(folder.parent / f"old-{name}", folder / name)
+    (folder / "forgotten.parquet").unlink()
     stale = images_of(folder)
     assert not stale.pop(gone).strip(b"\0")
     assert stale == {one: data for one, data in before.items() if one != gone}
@@ -216,14 +223,16 @@ def test_a_takedown_in_a_merged_index_reaches_its_sources(two):
         assert sha256(PICTURES[0]) in Forgotten.read(two / name / "forgotten.parquet").hashes
     assert all(PICTURES[0] not in path.read_bytes() for path in two.rglob("*.tar"))
     assert images_of(two / "m") == {id_of(str(n)): PICTURES[n] for n in (1, 2, 3, 4)}
-    counts = Index.open(two / "m").manifest["counts"]
-    assert counts == {"samples": 4, "merged": 0, "excluded": {"forgotten": 2}}
     assert Index.open(two / "m").manifest["created_by"]["command"] == "the merge"
     told = statistics(Index.open(two / "m"))
     assert told["samples"] == sum(told["sources"].values()) == 4
+    assert told["excluded"] == {"forgotten": 2}
     assert peek(Index.open(two / "m"), two / "peek.html", 50) == 4
     assert write_card(Index.open(two / "m"), two / "card.md")["samples"] == 4
-    assert select(Index.open(two / "m"), two / "f.parquet", [condition("key!=000000004")]) == {"key!=000000004": 0}
+    assert select(Index.open(two / "m"), two / "f.parquet", [condition("key!=forgotten")]) == {"key!=forgotten": 0}
+    vector = json.dumps(IDENTITY.tolist())
+    with pytest.raises(InputError, match="was taken down"):
+        draw_replay(Index.open(two / "m"), two / "view.png", id_of("0"), vector, 8)
     again = forget(two / "m", parse([sha256(PICTURES[0])]), rewrite=True)
     assert (again.named, again.indexed, again.removed) == (1, 0, 0)
     assert merge(two / "m", [Input(two / "a"), Input(two / "b")])["counts"]["samples"] == 4
@@ -325,12 +334,75 @@ def test_a_takedown_while_an_index_is_made_is_not_lost(two, monkeypatch):
     merge(two / "m", [Input(two / "a"), Input(two / "b")])
     assert {7, id_of("1")} <= Forgotten.read(two / "m" / "forgotten.parquet").ids.keys()
     monkeypatch.undo()
-    forget(two / "m", parse(["http://h/2"]))
     with pytest.raises(WorkFailed, match="made anew meanwhile"):
         duplicates(before, workers=1)
-    assert len(Index.open(two / "m")) == 4
+    assert len(Index.open(two / "m")) == 5
     assert rows_between(before, 0, len(before))["sample_id"].to_pylist() == before.columns(np.arange(len(before)))[
         "sample_id"].tolist(), "an open index changes under its reader"
+
+
+def test_a_takedown_waits_for_an_index_that_is_being_made(two, monkeypatch):
+    read, go, waiting = indexing.scanned, threading.Event(), threading.Event()
+
+    def slowly(*words):
+        found = read(*words)
+        waiting.set()
+        assert go.wait(60)
+        return found
+
+    monkeypatch.setattr(indexing, "scanned", slowly)
+    with ThreadPoolExecutor() as pool:
+        made = pool.submit(build, two / "a", 1)
+        assert waiting.wait(60)
+        done = pool.submit(forget, two / "m", parse(["http://h/1"]), rewrite=True)
+        assert not wait([done], 0.5).done
+        go.set()
+        assert made.result(60)["counts"]["samples"] == 4
+        assert done.result(60).removed == 1
+    index = Index.open(two / "a")
+    assert len(index) == 4
+    assert id_of("1") not in ids_of(two / "a")
+    assert ["forgotten"] in [index.captions(row) for row in range(4)]
+    with ThreadPoolExecutor() as pool:
+        with alone([two / "m"]):
+            late = [pool.submit(merge, two / "m", [Input(two / "a"), Input(two / "b")]),
+                    pool.submit(duplicates, Index.open(two / "m"), workers=1)]
+            assert not wait(late, 2).done
+        assert late[0].result(60)["counts"]["samples"] == 5
+        wait(late, 60)
+
+
+def test_lists_and_locks_are_where_linked_tars_really_are(tmp_path):
+    write_set(tmp_path / "real", [(PICTURES[n], told(str(n))) for n in range(3)], index=False)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.tar").symlink_to("../real/00000.tar")
+        build(tmp_path / name, 1)
+    forget(tmp_path / "real", parse(["http://h/1"]))
+    assert ids_of(tmp_path / "one") == {id_of("0"), id_of("2")}
+    assert build(tmp_path / "one", 1)["counts"]["samples"] == 2
+    assert Stream.open(str(tmp_path / "two" / "x.tar"), np.empty(0, np.int64)).gone.ids.keys() == {id_of("1")}
+    with ThreadPoolExecutor() as pool:
+        with alone([tmp_path / "real"]):
+            both = [pool.submit(forget, tmp_path / name, parse([f"http://h/{number}"]), rewrite=True)
+                    for name, number in (("one", 0), ("two", 2))]
+            assert not wait(both, 0.5).done
+        for one in both:
+            one.result(60)
+    data = (tmp_path / "real" / "00000.tar").read_bytes()
+    assert PICTURES[0] not in data
+    assert PICTURES[2] not in data
+
+
+def test_what_a_killed_command_left_is_swept_away(two):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    halves = [two / "a" / f".index.arrow.{dead.pid}.tmp", two / "a" / ".scans" / f".x.arrow.{dead.pid}.tmp"]
+    alive = two / "a" / f".manifest.json.{os.getppid()}.tmp"
+    for path in (*halves, alive):
+        path.touch()
+    build(two / "a", 1)
+    assert [path.exists() for path in (*halves, alive)] == [False, False, True]
 
 
 def test_a_manifest_is_found_while_it_takes_its_place(two, monkeypatch):
@@ -415,7 +487,6 @@ def test_groups_outlive_indexing_merging_and_takedowns(tmp_path):
     assert "uncompared" not in command("uniclip-data", "index", "b", cwd=tmp_path).stdout
     forget(tmp_path / "m", parse(["http://h/shared", "http://h/a0"]))
     left = groups_of(tmp_path / "m")
-    assert left[id_of("b1")] == -1
     assert left[id_of("a1")] == left[id_of("a2")] == left[id_of("b2")] == min(map(id_of, ("a1", "a2", "b2")))
     assert statistics(Index.open(tmp_path / "m"))["duplicates"] == {"rows": 3, "groups": 1, "uncompared": 0}
 
@@ -437,6 +508,8 @@ def test_what_cannot_be_named_is_refused(two):
     (two / "l.txt").write_bytes(b"http://h/0\nhttp://h/\xe9.jpg\n")
     with pytest.raises(InputError, match="line 2: .* is not UTF-8"):
         words_of(two / "l.txt")
+    with pytest.raises(InputError, match="--list .* is a folder"):
+        words_of(two)
     assert not list(two.rglob("forgotten.parquet"))
     nothing = forget(two / "a", parse(["http://h/unheard of"]), rewrite=True)
     assert (nothing.indexed, nothing.removed) == (0, 0)
