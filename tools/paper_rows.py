@@ -3,6 +3,10 @@
 `python -m tools.paper_rows` prints them. The tables' numbers: Lee et al., UniCLIP, NeurIPS 2022, tables 1, 4a, 4b, 5, 6.
 """
 
+from typing import Any
+
+from evaluation.paper import published
+
 WITH, WITHOUT = "model.head.augmentation=true", "model.head.augmentation=false"
 HEADS = {
     "linear": ("model.head.kind=mlp", "model.head.depth=1"),
@@ -30,6 +34,20 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 FULL = {"4a": "res3, with embedding", "4b": "1weak2strong, with embedding", "5": "domain, unified", "6": "mp_nce",
         "1": "uniclip"}
+_LOSSES = {"multi_positive_infonce": "multi_positive_infonce_eq9", "mp_nce_unweighted": "mp_nce_unweighted_eq11",
+           "mp_nce": "mp_nce_eq12"}
+
+
+def in_the_paper(table: str, row: str) -> float | None:
+    """ImageNet accuracy in percent that the paper has in this row of an ablation: CC3M, ViT-B/16, 50 epochs, one run."""
+    name, _, embedding = row.partition(", ")
+    embedding = f"{embedding.removesuffix(' embedding')}_augmentation_embedding"
+    where = {"4a": ("table4a_image_head", embedding, name), "4b": ("table4b_views", embedding, name),
+             "5": ("table5_similarity_supervision", row.replace(", ", "_")), "6": ("table6_loss", _LOSSES.get(row, row))}
+    value: Any = published()
+    for key in where.get(table, ("none",)):
+        value = value.get(key, {})
+    return value if isinstance(value, float) else None
 
 
 def main() -> None:
