@@ -15,7 +15,7 @@ from evaluation import probe
 from evaluation.cache import Cache
 from evaluation.evaluate import Bench, evaluate
 from evaluation.probe import EXPONENTS, bisect, held_out
-from evaluation.regression import EXACT, Problem
+from evaluation.regression import EXACT, SEARCH, Problem
 from evaluation.task import Job, Plan
 from pipeline.console import InputError
 from pipeline.evalsets import open_evalset, write_evalset
@@ -130,8 +130,9 @@ def test_neighbours_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_whole_protocol_against_scikit_learn_on_photographs(tmp_path: Path, capsys) -> None:
     """CLIP's protocol with scikit-learn's L-BFGS against ours on clothing.tar; Newton's steps say where the minimum is.
 
-    An image of the test split is a hundred-thousandth of a logit's spread from the border, so a solver that stops where
-    scikit-learn's defaults do answers it by chance: ours has to be nearer to the minimum, and faster all the same.
+    An image of the test split is 1.4e-4 from the border where logits spread by 1.1, so a solver that stops early answers it,
+    and even chooses λ, by chance: with its own tolerance scikit-learn's L-BFGS took 10^0.125 on one thread and 10^0.25 on two.
+    Ours has to be where Newton's steps end, and faster than L-BFGS of the same tolerance and CLIP's 1,000 steps.
     """
     archive = SHARED / "data/clothing.tar"
     if not archive.exists():
@@ -163,7 +164,7 @@ def test_the_whole_protocol_against_scikit_learn_on_photographs(tmp_path: Path, 
         return step, {step: accuracy for step, (accuracy, _) in path.items()}, score_NC, time.perf_counter() - begin
 
     exact_step, exact_path, exact_NC, _ = protocol(solver="newton-cholesky", tol=1e-12, max_iter=200)
-    step, path, their_NC, seconds = protocol(max_iter=1000)
+    step, _, their_NC, seconds = protocol(tol=SEARCH, max_iter=1000)
     our_NC = final.logits(test).numpy()
     our_accuracy, accuracy, exact_accuracy = (float((score_NC.argmax(1) == test_N).mean())
                                               for score_NC in (our_NC, their_NC, exact_NC))
@@ -174,9 +175,9 @@ def test_the_whole_protocol_against_scikit_learn_on_photographs(tmp_path: Path, 
               f"{our_seconds:.1f} s; exact: λ 10^{EXPONENTS[exact_step]:g}, {exact_accuracy:.4f}; L-BFGS of 1,000 steps: "
               f"λ 10^{EXPONENTS[step]:g}, {accuracy:.4f}, logits to {their_error:.0e}, {seconds:.1f} s = "
               f"{seconds / our_seconds:.1f} times ours")
-    assert our_step == exact_step == step and {s: found[0] for s, found in our_path.items()} == exact_path
+    assert our_step == exact_step and {s: found[0] for s, found in our_path.items()} == exact_path
     assert (our_NC.argmax(1) == exact_NC.argmax(1)).all() and our_error < 1e-4 < their_error
-    assert abs(our_accuracy - accuracy) < 0.002 and seconds > 3 * our_seconds
+    assert abs(our_accuracy - exact_accuracy) < 0.002 and seconds > 3 * our_seconds
 
 
 def _photograph_features(archive: Path, tmp_path: Path):
