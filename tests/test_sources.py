@@ -125,6 +125,7 @@ def test_many_buckets_give_what_one_gives(tmp_path, monkeypatch):
     ("a.tsv", "", "is empty"), ("a.csv", "", "is empty"), ("a.jsonl", "", "is empty"),
     ("a.tsv", "url\tcaption\n", "no rows"), ("a.parquet", "not parquet", "no Parquet file"),
     ("a.tsv", "urll\tcaption\nh\tc\n", "did you mean 'urll'? it has urll, caption"),
+    ("a.tsv", "url\tcaption\turl\nh\tc\ti\n", "has 2 columns 'url': rename all but one"),
     ("a.tsv", "url\tcaption\n\tc\n", "1 of 1 refused with 'empty url', first in line 2"),
     ("a.csv", "url,caption\nh,c\n".encode("utf-16"), "is not UTF-8, perhaps UTF-16: save it as UTF-8"),
     ("a.tsv", "url\tcaption\nh\tc\n".encode("utf-16-le"), "is not UTF-8"),
