@@ -12,7 +12,9 @@ from conftest import ROOT
 from runs import TINY
 
 from pipeline.console import InputError
-from tools.ablate import Grid, main, run_all, table_of, write_tables
+from tools.ablate import main, run_all
+from tools.grid import Grid
+from tools.grid_tables import table_of, write_tables
 from trainer import checkpoint
 
 
@@ -82,6 +84,7 @@ def test_tables_hold_means_errors_and_differences_seed_by_seed(scenes, tmp_path)
     assert math.isnan(lines["domain, separate"]["standard_error"])
     assert shared["paper"] == 25.51
     assert "| shared, unified | 3 | 50.0 ± 1.2 | -3.0 ± 0.6 | 25.51 | 2.0 |" in write_tables(grid)
+    assert (tmp_path / "out" / "tables.png").stat().st_size > 5000
     assert len(list(csv.DictReader((tmp_path / "out" / "tables.csv").open()))) == 3 + 1  # the head's full model is the same
 
 

@@ -1,0 +1,89 @@
+"""Tables and pictures of a grid's finished cells: mean ± standard error over seeds, differences seed by seed."""
+
+import csv
+import math
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from tools.grid import Grid
+from tools.paper_rows import in_the_paper
+
+COLUMNS = ("table", "row", "seeds", "mean", "standard_error", "difference", "difference_error", "paper", "train_minutes")
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error over seeds: NaN for a single one."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def table_of(grid: Grid, name: str) -> list[dict]:
+    """One line for each row that has a finished cell: percentages, differences to the full model seed by seed."""
+    rows, full = grid.every_table()[name]
+    found = {row: {seed: done for seed in grid.seeds if (done := grid.cell(overrides, seed).done)}
+             for row, overrides in rows.items()}
+    lines = []
+    for row, by_seed in found.items():
+        value = {seed: 100 * done["metrics"][grid.metric] for seed, done in by_seed.items()}
+        base = {seed: 100 * done["metrics"][grid.metric] for seed, done in found[full].items()}
+        if not value:
+            continue
+        both = [value[seed] - base[seed] for seed in value if seed in base and row != full]
+        difference = mean_and_error(both) if both else (math.nan, math.nan)
+        minutes = statistics.fmean(done["seconds"] for done in by_seed.values()) / 60
+        paper = in_the_paper(name, row)
+        lines.append(dict(zip(COLUMNS, (name, row, len(value), *mean_and_error(list(value.values())), *difference,
+                                        math.nan if paper is None else paper, minutes), strict=True)))
+    return lines
+
+
+def write_tables(grid: Grid) -> str:
+    """tables.csv, tables.md and tables.png of what is finished → the text of tables.md."""
+    tables = {name: table_of(grid, name) for name in grid.every_table()}
+    with (grid.folder / "tables.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({key: "" if value != value else value for key, value in line.items()}
+                         for lines in tables.values() for line in lines)
+    text = "\n".join(_markdown(grid, name, lines) for name, lines in tables.items())
+    (grid.folder / "tables.md").write_text(text)
+    if any(tables.values()):
+        draw(grid, tables, grid.folder / "tables.png")
+    return text
+
+
+def draw(grid: Grid, tables: dict[str, list[dict]], path: Path) -> None:
+    """A row's mean as a dot, its standard error as a bar; the full model's mean as a line."""
+    shown = {name: lines for name, lines in tables.items() if lines}
+    height = 0.6 * len(shown) + 0.3 * sum(map(len, shown.values())) + 0.6
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[len(lines) + 1 for lines in shown.values()])[:, 0]
+    for axis, (name, lines) in zip(axes, shown.items(), strict=True):
+        axis.errorbar([x["mean"] for x in lines], range(len(lines)), fmt="o", capsize=3,
+                      xerr=[0 if math.isnan(x["standard_error"]) else x["standard_error"] for x in lines])
+        for x in lines:
+            if x["row"] == grid.every_table()[name][1]:
+                axis.axvline(x["mean"], color="gray", linewidth=0.8)
+        axis.set(yticks=range(len(lines)), yticklabels=[x["row"] for x in lines], ylim=(len(lines) - 0.5, -0.5),
+                 title=f"Table {name}")
+    axes[-1].set_xlabel(f"{grid.metric}, %")
+    figure.savefig(path, dpi=120)
+
+
+def _markdown(grid: Grid, name: str, lines: list[dict]) -> str:
+    head = [f"## Table {name}", "", f"{grid.metric} in percent, mean ± standard error over seeds; difference to "
+            f"`{grid.every_table()[name][1]}` of the same seed.", "",
+            "| row | seeds | value | difference | paper | minutes |", "|---|---|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {x['row']} | {x['seeds']} | {_with_error(x['mean'], x['standard_error'])} | "
+                               f"{_with_error(x['difference'], x['difference_error'], '+')} | {_number(x['paper'], '.2f')} | "
+                               f"{x['train_minutes']:.1f} |" for x in lines), ""])
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
+
+
+def _with_error(mean: float, error: float, sign: str = "") -> str:
+    return _number(mean, f"{sign}.1f") + (f" ± {error:.1f}" if not math.isnan(error) else "")
