@@ -76,8 +76,13 @@ def test_past_the_budget_the_run_ends(poisoned):
     folder, at, _ = poisoned
     config, t = restored(folder / "checkpoints" / f"{at:012d}")
     strict = config.model_copy(update={"optim": config.optim.model_copy(update={"skips": 0})})
+    later = [folder / "failures" / f"{at + n:012d}" for n in (100, 200, 300)]  # of a run that then went back
+    for step in later:
+        step.mkdir()
     with pytest.raises(WorkFailed, match=r"not finite, the 1. such step, more than optim.skips = 0.*uniclip-train replay"):
         train(strict, t)
+    assert (folder / "failures" / f"{at:012d}" / "rank0.safetensors").is_file()
+    assert not later[0].exists() and later[1].exists() and later[2].exists()
 
 
 HEALTHY = {"step": 90, "samples": 900, "loss": 1.0, "floor_loss": 0.1, "chance_loss": 4.0, "data_wait": 0.0,

@@ -123,6 +123,12 @@ def test_a_mirror_holds_whole_checkpoints_and_a_run_goes_on_from_it(scenes, tmp_
     done = command("uniclip-train", "resume", url, "--folder", tmp_path / "third")
     assert done.returncode == 0, done.stderr
     assert trace(tmp_path / "third") == trace(lost)
+    with pytest.raises(InputError, match="run.mirror .* already holds a run"):
+        begin(scenes, tmp_path / "other", **{"run.mirror": url})
+    mirror.copy(lost / "checkpoints" / names[0], 1)  # as of a run that went back to it
+    assert sorted(p.name for p in (tmp_path / "mirror" / "checkpoints").iterdir()) == [names[0], "latest"]
+    mirror.fetch(tmp_path / "fourth")
+    assert restored(tmp_path / "fourth")[1].cursor.samples_seen == 192
     with pytest.raises(InputError, match="holds no checkpoint"):
         Mirror("memory://nothing").fetch(tmp_path / "x")
     with pytest.raises(InputError, match="run.mirror"):

@@ -49,6 +49,13 @@ def test_sharded_over_two_processes_trains_the_same_model(scenes, tmp_path, plai
         torch.testing.assert_close(tensors(folder)[name], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_sharded_processes_with_unequal_shares_take_equally_many_parts(scenes, tmp_path):
+    more = {"optim.batch_size": 5, "optim.samples": 10, "optim.accumulation": 3}
+    begin(scenes, tmp_path / "alone", **more)
+    on_ranks(2, words(scenes, tmp_path / "sharded", **more, **{"run.sharding": "fsdp"}))
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
 def test_recomputed_activations_change_nothing(scenes, tmp_path, plain):
     begin(scenes, tmp_path / "run", **SHORT, **{"run.recompute": "true"})
     assert trace(tmp_path / "run") == trace(plain)

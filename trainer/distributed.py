@@ -279,7 +279,10 @@ def _unsynchronised(step: nn.Module) -> Generator[None]:
 
 
 def chunks(count: int, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> list[tuple]:
-    """A rank's groups as the arguments of `count` consecutive forwards; fewer where there are fewer groups."""
+    """A rank's groups as the arguments of `count` consecutive forwards; fewer where there are fewer groups.
+
+    With sharded weights every rank must make as many: ask for no more than the smallest share of a batch.
+    """
     groups = len(vector_BVA)
     count = max(1, min(count, groups))
     parts = [slice(n * groups // count, (n + 1) * groups // count) for n in range(count)]

@@ -37,7 +37,7 @@ class Skips:
         taken = snapshot(config, t, 0.0)
         if t.ranks.rank == 0:
             checkpoint.write(folder, taken)
-            for old in sorted(path for path in folder.parent.iterdir())[:-KEPT]:
+            for old in sorted(path for path in folder.parent.iterdir() if path != folder)[:1 - KEPT]:
                 shutil.rmtree(old)
         t.ranks.wait()
         save_file(_told(batch, keep_views=config.data.index is None), folder / f"rank{t.ranks.rank}.safetensors")
@@ -74,7 +74,8 @@ def replay(folder: Path) -> None:
             torch.set_rng_state(load_file(kept[ranks.rank])["rng"])
         objective = Objective(config, ranks, t.model.auxiliary)
         tokens = without_padding(batch.tokens, t.tokenizer.end_id)
-        parts = chunks(config.optim.accumulation, batch.views, batch.vectors, tokens)
+        count = min(config.optim.accumulation, config.optim.batch_size // ranks.world)
+        parts = chunks(count, batch.views, batch.vectors, tokens)
         loss = forward_backward(t.step_of, parts, objective.of(batch), ranks)
         for line in _findings(t, objective, batch, loss):
             say(line)

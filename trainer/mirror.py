@@ -32,11 +32,18 @@ class Mirror:
                 if (run / name).is_file():
                     self._fs.put_file(str(run / name), f"{self._root}/{name}")
             self._fs.pipe_file(f"{self._root}/checkpoints/{LATEST}", folder.name.encode())
-            for old in self._names()[:-keep]:
+            others = [name for name in self._names() if name != folder.name]
+            for old in others[:max(len(others) - keep + 1, 0)]:
                 self._fs.rm(f"{self._root}/checkpoints/{old}", recursive=True)
         except Exception as error:  # each filesystem raises its own
             raise WorkFailed(f"run.mirror {self.url} did not take {folder.name} ({error}); the checkpoint in {folder} is "
                              "whole") from error
+
+    def refuse_another(self) -> None:
+        """For a run at its beginning. Raises InputError when a run's copy is there."""
+        if self._fs.exists(f"{self._root}/checkpoints/{LATEST}"):
+            raise InputError(f"run.mirror = {self.url} already holds a run: go on with `uniclip-train resume {self.url}`, or "
+                             "choose another with --set run.mirror=…")
 
     def config(self) -> Config:
         """The configuration of the run whose copy this is. Raises InputError."""

@@ -82,7 +82,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
             set_rate(t.optimizer, rate)
             t.optimizer.zero_grad(set_to_none=True)
             tokens = without_padding(batch.tokens, t.tokenizer.end_id)
-            parts = chunks(optim.accumulation, batch.views, batch.vectors, tokens)
+            parts = chunks(min(optim.accumulation, optim.batch_size // ranks.world), batch.views, batch.vectors, tokens)
             try:
                 loss = forward_backward(t.step_of, parts, objective.of(batch), ranks)
             except NoValidGroup as error:

@@ -24,6 +24,7 @@ from trainer import checkpoint
 from trainer.config import Config, DataConfig, TextConfig
 from trainer.distributed import ALONE, Ranks, Step, parallel, whole
 from trainer.initialise import freeze, initialise
+from trainer.mirror import Mirror
 from trainer.model import UniCLIP
 from trainer.optim import Average, make_optimizer
 from trainer.pretrained import taken_tokenizer
@@ -78,11 +79,13 @@ def make_tokenizer(config: TextConfig, data: Indexed | Stream, init: str = "") -
 
 
 def start(config: Config, device: str | None = None, ranks: Ranks = ALONE) -> Training:
-    """A run at its beginning. Raises InputError when its folder already holds one."""
+    """A run at its beginning. Raises InputError when its folder or its mirror already holds one."""
     folder = config.run.folder
     if (folder / "checkpoints" / checkpoint.LATEST).is_file():
         raise InputError(f"{folder} already holds a run: go on with `uniclip-train resume {folder}`, or choose another "
                          "with --set run.folder=…")
+    if config.run.mirror:
+        Mirror(config.run.mirror).refuse_another()
     data = open_data(config.data)
     return _assemble(config, data, make_tokenizer(config.model.text, data, config.init.text), device, ranks)
 
