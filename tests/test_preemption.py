@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import command
 from runs import PROGRAM, TORCHRUN, begin, overrides, trace, weights
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from pipeline.console import InputError, WorkFailed
-from trainer import checkpoint
+from trainer import checkpoint, heartbeat
 from trainer.config import load_config
 from trainer.mirror import Mirror
 from trainer.orders import Orders
@@ -172,6 +173,22 @@ def test_a_dead_rank_ends_the_run_and_is_named(scenes, tmp_path, launch):
         assert processes[r].returncode == 1, errors[r]
         assert f"rank 1 (process {processes[1].pid} on" in errors[r], errors[r]
     processes[1].communicate()
+
+
+def test_silence_counts_only_while_this_process_lives_itself(monkeypatch):
+    """After SIGCONT, or on a machine that slept, nobody has beaten for long, and all are there."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(heartbeat, "EVERY", 60.0)
+    monkeypatch.setattr(heartbeat, "SILENT", 150.0)
+    here = heartbeat.Heartbeat(0, 2)
+    here._put("who1", "rank 1")
+    here._put("beat1", "7")
+    beats = here._beats()
+    assert [next(beats) for _ in range(3)] == ["", "", ""]
+    assert next(beats) == "rank 1 has been silent for 150 s"
+    here.close()
 
 
 def test_metrics_are_strict_json(scenes, tmp_path):

@@ -63,14 +63,17 @@ class Heartbeat:
             self._end(verdict)
 
     def _beats(self) -> Generator[str]:
-        """Beat and look, once for each that is taken → the verdict, or ""."""
-        last, since = "", time.monotonic()
+        """Beat and look, once for each that is taken → the verdict, or "".
+
+        Silence is counted in own beats: while all processes are suspended none of them is silent.
+        """
+        last, since = "", 0
         for count in itertools.count(1):
             self._put(f"beat{self._rank}", str(count))
             beat = self._get(f"beat{self._next}")
             if beat != last:
-                last, since = beat, time.monotonic()
-            if beat and beat != "done" and time.monotonic() - since > SILENT:
+                last, since = beat, count
+            if beat and beat != "done" and (count - since) * EVERY > SILENT:
                 self._put(GONE, f"{self._get(f'who{self._next}')} has been silent for {SILENT:.0f} s")
             yield self._get(GONE)
 
