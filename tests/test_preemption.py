@@ -130,6 +130,8 @@ def test_a_mirror_holds_whole_checkpoints_and_a_run_goes_on_from_it(scenes, tmp_
     assert sorted(p.name for p in (tmp_path / "mirror" / "checkpoints").iterdir()) == [names[0], "latest"]
     mirror.fetch(tmp_path / "fourth")
     assert restored(tmp_path / "fourth")[1].cursor.samples_seen == 192
+    with pytest.raises(InputError, match="stands at 000000000240 samples"):
+        mirror.fetch(again)
     with pytest.raises(InputError, match="holds no checkpoint"):
         Mirror("memory://nothing").fetch(tmp_path / "x")
     with pytest.raises(InputError, match="run.mirror"):

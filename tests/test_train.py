@@ -13,6 +13,7 @@ from runs import begin, launch, losses, on_ranks, overrides, run_until, trace, w
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
 from trainer.config import load_config
+from trainer.log import METRICS, cut_back
 from trainer.train import train
 from trainer.training import restored, start
 
@@ -218,3 +219,9 @@ def test_other_data_on_resume_is_refused(scenes, tmp_path):
     done = command("uniclip-train", "resume", folder)
     assert done.returncode == 2
     assert "the data stream's 'index' was another" in done.stderr
+
+
+def test_a_log_that_a_power_cut_damaged_is_cut_back_to_its_whole_lines(tmp_path):
+    (tmp_path / METRICS).write_bytes(b'{"samples": 16}\n\0\0\xff\n{"samples": 32}\n{"samples": 48}\n{"sampl')
+    cut_back(tmp_path / METRICS, 32)
+    assert (tmp_path / METRICS).read_text() == '{"samples": 16}\n{"samples": 32}\n'

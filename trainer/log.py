@@ -20,11 +20,19 @@ METRICS, LEDGER = "metrics.jsonl", "bad_samples.jsonl"
 def cut_back(path: Path, samples_seen: int) -> None:
     """Drop the lines about samples after `samples_seen`: after a kill the file continues as if never stopped."""
     if path.is_file():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["samples"] <= samples_seen]
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _stands(line, samples_seen)]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)
+
+
+def _stands(line: str, samples_seen: int) -> bool:
+    """Whether it is whole and about samples until there: a kill may tear it, a power cut leave zeros."""
+    try:
+        return line.endswith("\n") and json.loads(line)["samples"] <= samples_seen
+    except ValueError:
+        return False
 
 
 class Log:

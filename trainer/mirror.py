@@ -60,7 +60,10 @@ class Mirror:
 
     def fetch(self, run: Path) -> None:
         """The latest copied checkpoint and the logs → the folder `run`, which may hold older ones. Raises InputError."""
-        name = self._latest()
+        name, here = self._latest(), run / "checkpoints" / LATEST
+        if here.is_file() and here.read_text() > name:
+            raise InputError(f"{run} stands at {here.read_text()} samples, {self.url} only at {name}: go on with "
+                             f"`uniclip-train resume {run}`, or give another --folder")
         folder = run / "checkpoints" / name
         folder.mkdir(parents=True, exist_ok=True)
         source = f"{self._root}/checkpoints/{name}"
@@ -69,7 +72,7 @@ class Mirror:
         for log in LOGS:
             if self._fs.exists(f"{self._root}/{log}"):
                 self._fs.get_file(f"{self._root}/{log}", str(run / log))
-        (run / "checkpoints" / LATEST).write_text(name)
+        here.write_text(name)
         say(f"fetched {self.url}, checkpoint {name}, to {run}")
 
     def _names(self) -> list[str]:
