@@ -14,7 +14,7 @@ from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
 from trainer.config import load_config
 from trainer.log import METRICS, cut_back
-from trainer.train import train
+from trainer.train import resume, train
 from trainer.training import restored, start
 
 
@@ -91,8 +91,11 @@ def test_damage_is_named(scenes, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(InputError, match="does not match its sha256"):
+    whole = folder / "checkpoints" / f"{0:012d}"
+    with pytest.raises(InputError, match=f"does not match its sha256: use {whole}$"):
         checkpoint.load_model(folder)
+    with pytest.raises(InputError, match="--folder .* is no URL"):
+        resume(str(whole), tmp_path / "elsewhere")
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(scenes, tmp_path):

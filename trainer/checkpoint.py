@@ -198,9 +198,9 @@ def find(path: Path) -> Path:
     return folder
 
 
-def _others(checkpoints: Path) -> str:
+def _others(checkpoints: Path, damaged: Path | None = None) -> str:
     """Which complete checkpoints can be used instead."""
-    whole = sorted(str(state.parent) for state in checkpoints.glob(f"*/{STATE}"))
+    whole = sorted(str(state.parent) for state in checkpoints.glob(f"*/{STATE}") if state.parent != damaged)
     return (f"use {' or '.join(reversed(whole))}" if whole else
             "give a run folder made by `uniclip-train run` or a folder inside its checkpoints/")
 
@@ -211,10 +211,10 @@ def read_state(folder: Path) -> State:
         values = json.loads((folder / STATE).read_text())
         state = State(**values | {"cursor": Cursor(**values["cursor"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / STATE} is damaged ({error}): {_others(folder.parent)}") from None
+        raise InputError(f"{folder / STATE} is damaged ({error}): {_others(folder.parent, folder)}") from None
     for name, digest in state.hashes.items():
         if not (folder / name).is_file() or sha256_of(folder / name) != digest:
-            raise InputError(f"{folder / name} is missing or does not match its sha256: {_others(folder.parent)}")
+            raise InputError(f"{folder / name} is missing or does not match its sha256: {_others(folder.parent, folder)}")
     return state
 
 

@@ -95,7 +95,8 @@ def _batch(config: Config, t: Training, kept: list[Path]) -> Batch:
     loader.close()
     for name in BATCH:
         if not torch.equal(getattr(batch, name).cpu(), told_B[name]):
-            raise WorkFailed(f"the batch at {t.cursor.samples_seen:,} samples has other {name} than the kept step's")
+            raise WorkFailed(f"the batch at {t.cursor.samples_seen:,} samples has other {name} than the kept step's: "
+                             "samples were taken down since then, or their shards are damaged")
     return batch
 
 

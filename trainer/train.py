@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.console import WorkFailed, say
+from pipeline.console import InputError, WorkFailed, say
 from pipeline.ledger import Ledger
 from trainer import checkpoint
 from trainer.batches import without_padding
@@ -40,6 +40,8 @@ def resume(place: str, folder: Path | None = None) -> Path:
     place may be the URL of a run's mirror; it is fetched into `folder`, by default where the run was. Raises InputError.
     """
     mirror = Mirror(place) if "://" in place else None
+    if folder and not mirror:
+        raise InputError(f"--folder {folder} is where a mirror is fetched to, but {place} is no URL: leave it out")
     path = Path(place) if mirror is None else folder or mirror.config().run.folder
     config = mirror.config() if mirror else checkpoint.load_config_of(path)
     with Orders() as orders, process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
