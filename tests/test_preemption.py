@@ -145,6 +145,33 @@ def test_a_mirror_that_cannot_be_written_ends_the_run_with_one_line(scenes, tmp_
     checkpoint.read_state(checkpoint.find(tmp_path / "run"))
 
 
+def test_a_mirror_that_is_away_for_a_while_does_not_end_the_run(scenes, tmp_path, capsys):
+    folder, mirror = tmp_path / "run", tmp_path / "mirror"
+    config = load_config("scenes-tiny", overrides(scenes, folder, **{"run.mirror": f"file://{mirror}", "run.keep": 9}))
+    t = start(config)
+
+    class Away(Orders):
+        """Where the mirror was there is a file from 96 to 192 samples."""
+
+        @property
+        def stop(self) -> bool:
+            if t.cursor.samples_seen == 96 and mirror.is_dir():
+                mirror.rename(tmp_path / "kept")
+                mirror.write_text("")
+            if t.cursor.samples_seen == 192 and mirror.is_file():
+                time.sleep(0.2)
+                mirror.unlink()
+                (tmp_path / "kept").rename(mirror)
+            return False
+
+        @stop.setter
+        def stop(self, _: bool) -> None: ...
+
+    train(config, t, Away())
+    assert "warning: run.mirror" in capsys.readouterr().out
+    assert checkpoint.read_state(checkpoint.find(mirror)).cursor.samples_seen == 480
+
+
 @pytest.mark.parametrize("launch", ["torchrun", "alone"])
 def test_a_dead_rank_ends_the_run_and_is_named(scenes, tmp_path, launch):
     """Under torchrun the agent names it; started one by one, as on nodes of their own, the other ranks do."""

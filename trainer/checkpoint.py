@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.console import InputError, WorkFailed
+from pipeline.console import InputError, WorkFailed, say
 from pipeline.files import sha256_of
 from pipeline.recipe import Cursor
 from pipeline.text import CaptionTokenizer
@@ -131,7 +131,7 @@ def write(folder: Path, taken: Snapshot) -> None:
 class Saver:
     """Writes checkpoints from a thread, one at a time, while the run goes on; its mirror gets a copy of each.
 
-    newest: samples seen at the last one.
+    A mirror that fails gets the next one: only at the ends of a run must it have taken the last. newest: samples seen at it.
     """
 
     newest: int | None = None
@@ -140,6 +140,7 @@ class Saver:
         self._run, self._keep, self._mirror = run.folder, run.keep, Mirror(run.mirror) if run.mirror else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
+        self._not_copied: WorkFailed | None = None
 
     def save(self, taken: Snapshot) -> None:
         """Begin to write, once the one before is written. Raises WorkFailed when that failed."""
@@ -147,9 +148,15 @@ class Saver:
         self._writing = self._pool.submit(self._save, taken)
 
     def wait(self) -> None:
-        """Until all is written. Raises WorkFailed (disk full, read-only, an unreachable mirror)."""
+        """Until all is written. Raises WorkFailed (disk full, read-only)."""
         if self._writing:
             self._writing.result()
+
+    def finish(self) -> None:
+        """Until all is written and copied. Raises WorkFailed, also when the mirror did not take the last checkpoint."""
+        self.wait()
+        if self._not_copied:
+            raise self._not_copied
 
     def check(self) -> None:
         """Raises the WorkFailed of a checkpoint that could not be written."""
@@ -163,7 +170,12 @@ class Saver:
     def _save(self, taken: Snapshot) -> None:
         folder = save(self._run, taken, self._keep)
         if self._mirror:
-            self._mirror.copy(folder, self._keep)
+            try:
+                self._mirror.copy(folder, self._keep)
+                self._not_copied = None
+            except WorkFailed as error:
+                say(f"warning: {error}; the next checkpoint will try again")
+                self._not_copied = error
 
 
 def folder_of(run: Path, cursor: Cursor) -> Path:

@@ -118,7 +118,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
             saver.check()
         if stop:
             _save(config, t, saver, clock.total)
-        saver.wait()
+        saver.finish()
         saved = checkpoint.folder_of(run.folder, t.cursor)
         if log:
             say(f"checkpoint {saved}" + (f": stopped, go on with `uniclip-train resume {run.folder}`" if stop else ""))
@@ -151,7 +151,7 @@ def _open(config: Config, t: Training, saver: checkpoint.Saver) -> None:
             say("\n".join([_introduction(config, t), *t.notes]))
     if not t.cursor.samples_seen:
         _save(config, t, saver, 0.0)
-        saver.wait()
+        saver.finish()
 
 
 def _save(config: Config, t: Training, saver: checkpoint.Saver, seconds: float) -> None:
