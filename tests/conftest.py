@@ -1,6 +1,7 @@
 """Shapes in signatures are checked under pytest; shared sets of real tars."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in what tests start: threads change the last bits
 
 install_import_hook(["trainer.encoders", "trainer.heads", "trainer.model", "trainer.similarity"], "beartype.beartype")
 

@@ -243,7 +243,6 @@ def test_batch_norm_over_ranks_is_torchs_over_all_rows(pair, sizes):
 
 def step_of(rank: int, world: int, name: str, accumulation: int) -> tuple[float, dict, np.ndarray]:
     """Loss, gradients and queue of two steps of a whole model in double precision, the last slice one group shorter."""
-    torch.set_num_threads(1)
     config, model, batch = made(name, DOUBLE, 7)
     ranks, mine = Ranks(rank, world, 7), share(rank, world, 7)
     batch = Batch([view[mine] for view in batch.views], *(getattr(batch, key)[mine] for key in (
