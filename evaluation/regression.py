@@ -46,25 +46,26 @@ class Problem:
     def solve(self, penalty: float, start: Linear | None = None, tolerance: float = SEARCH) -> Linear:
         """The minimum for λ = `penalty`, sought from `start`."""
         curvature = (1 - 1 / self.classes) / self.classes
-        scale_R1 = ((curvature * self.spread_R + penalty / len(self.x_NR)) ** -0.5)[:, None]
-        v_RC, bias_C = (x.requires_grad_() for x in self._begin(start, scale_R1))
+        scale_R = (curvature * self.spread_R + penalty / len(self.x_NR)) ** -0.5
+        v_CR, bias_C1 = (x.requires_grad_() for x in self._begin(start, scale_R))
         weight = penalty / (2 * len(self.x_NR))
-        search = torch.optim.LBFGS([v_RC, bias_C], max_iter=MAX_STEPS, max_eval=2 * MAX_STEPS, tolerance_grad=tolerance,
+        search = torch.optim.LBFGS([v_CR, bias_C1], max_iter=MAX_STEPS, max_eval=2 * MAX_STEPS, tolerance_grad=tolerance,
                                    tolerance_change=1e-14, history_size=20, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             search.zero_grad()
-            weight_RC = scale_R1 * v_RC
-            loss = F.cross_entropy(self.x_NR @ weight_RC + bias_C, self.label_N) + weight * weight_RC.square().sum()
+            weight_CR = scale_R * v_CR
+            logit_CN = weight_CR @ self.x_NR.T + bias_C1  # classes first: a third of the time of images first
+            loss = F.nll_loss(logit_CN.log_softmax(dim=0).T, self.label_N) + weight * weight_CR.square().sum()
             loss.backward()
             return loss
 
         search.step(closure)
-        weight_WC = self.axes_WR @ (scale_R1 * v_RC.detach())
-        return Linear(weight_WC, bias_C.detach() - self.mean_W @ weight_WC)
+        weight_WC = self.axes_WR @ (scale_R * v_CR.detach()).T
+        return Linear(weight_WC, bias_C1.detach()[:, 0] - self.mean_W @ weight_WC)
 
-    def _begin(self, start: Linear | None, scale_R1: Tensor) -> tuple[Tensor, Tensor]:
+    def _begin(self, start: Linear | None, scale_R: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and intercept of `start`, or zeros, in the scaled coordinates."""
         if start is None:
-            return scale_R1.new_zeros(len(scale_R1), self.classes), scale_R1.new_zeros(self.classes)
-        return (self.axes_WR.T @ start.weight_WC) / scale_R1, start.bias_C + self.mean_W @ start.weight_WC
+            return scale_R.new_zeros(self.classes, len(scale_R)), scale_R.new_zeros(self.classes, 1)
+        return (start.weight_WC.T @ self.axes_WR) / scale_R, (start.bias_C + self.mean_W @ start.weight_WC)[:, None]
