@@ -11,7 +11,7 @@ from pathlib import Path
 from conftest import command
 
 from trainer import checkpoint
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.train import train
 from trainer.training import start
 

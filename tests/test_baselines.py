@@ -11,7 +11,7 @@ from runs import begin, launch, on_ranks, overrides, run_until, weights
 
 from pipeline.console import InputError
 from trainer import checkpoint
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.embedder import Embedder
 from trainer.export import export
 from trainer.train import train

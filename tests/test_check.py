@@ -18,7 +18,7 @@ from webserver import serving
 from pipeline.index import Index
 from trainer import trial
 from trainer.check import check
-from trainer.config import load_config, presets
+from trainer.config_file import load_config, presets
 from trainer.memory import Live, loss_bytes, sizes_of
 from trainer.tiles import tiled_loss
 from trainer.verdict import Verdict, show
@@ -168,7 +168,7 @@ from types import SimpleNamespace
 import torch
 from pipeline.schema import Batch
 from trainer.checkpoint import make_model
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.distributed import ALONE, Step, chunks, forward_backward
 from trainer.objectives import Objective
 from trainer.optim import make_optimizer

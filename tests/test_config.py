@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from pipeline.console import InputError
 from pipeline.sampling import KINDS, ViewKind
-from trainer.config import Config, load_config, presets
+from trainer.config import Config
+from trainer.config_file import load_config, presets
 
 ROOT = Path(__file__).parent.parent
 

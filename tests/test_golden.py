@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.train import train
 from trainer.training import start
 

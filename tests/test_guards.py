@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from pipeline.console import InputError, WorkFailed
 from pipeline.loader import Loader
 from trainer import checkpoint
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.failures import replay
 from trainer.hints import Hints
 from trainer.train import train

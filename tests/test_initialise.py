@@ -19,7 +19,8 @@ from pipeline.schema import MEAN, STD
 from pipeline.text import CaptionTokenizer
 from trainer import load
 from trainer.checkpoint import make_model
-from trainer.config import InitConfig, load_config
+from trainer.config import InitConfig
+from trainer.config_file import load_config
 from trainer.export import export
 from trainer.initialise import initialise
 from trainer.model import UniCLIP

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.schema import IDENTITY
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.heads import HEADS, AugmentationEncoder, MlpHead, ResidualHead
 from trainer.model import UniCLIP
 from trainer.optim import learning_rate, parameter_groups

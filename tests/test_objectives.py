@@ -16,7 +16,7 @@ from pipeline.console import InputError
 from pipeline.schema import Batch
 from tools.paper_rows import FULL, ROWS
 from trainer.auxiliary import GlobalBatchNorm, Queue
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.distributed import ALONE, Ranks, Step, chunks, forward_backward, parallel
 from trainer.model import UniCLIP
 from trainer.objectives import OBJECTIVES, Given, Objective, masked_words, neighbour, nt_xent, simsiam

@@ -15,7 +15,7 @@ from pipeline.picture import Drawing, first_samples
 from pipeline.plan import read_skip_lists
 from pipeline.reader import Place
 from pipeline.recipe import Cursor, Recipe
-from trainer.config import load_config
+from trainer.config_file import load_config
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint, heartbeat
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.mirror import Mirror
 from trainer.orders import Orders
 from trainer.train import train

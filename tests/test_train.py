@@ -12,7 +12,7 @@ from runs import begin, launch, losses, on_ranks, overrides, run_until, trace, w
 
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.log import METRICS, cut_back
 from trainer.train import resume, train
 from trainer.training import restored, start

@@ -20,7 +20,7 @@ from pipeline.console import InputError
 from pipeline.index import Index
 from pipeline.loader import Indexed, Loader
 from pipeline.recipe import Cursor
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.distributed import Ranks, Step
 from trainer.log import Log
 from trainer.losses import LOSSES

@@ -9,7 +9,8 @@ from runs import TINY, begin, losses, on_ranks, overrides, trace, weights
 from safetensors.torch import load_file
 
 from trainer import checkpoint
-from trainer.config import OptimConfig, load_config
+from trainer.config import OptimConfig
+from trainer.config_file import load_config
 from trainer.flops import flops_per_sample
 from trainer.optim import parameter_groups
 from trainer.train import train

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.train import train
 from trainer.training import start
 

@@ -25,7 +25,8 @@ from torch import nn
 
 from pipeline.schema import Batch
 from tools.side_by_side import TRAINERS, apart, side_by_side, sizes_of
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 from trainer.log import METRICS
 from trainer.tiles import tiled_loss
 from trainer.train import train

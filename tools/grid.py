@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError
 
 from pipeline.console import InputError
 from tools.paper_rows import FULL, ROWS
-from trainer.config import Config, Here, Section, load_config
+from trainer.config import Config, Here, Section
+from trainer.config_file import load_config
 
 
 class Grid(Section):

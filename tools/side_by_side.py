@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.console import InputError
-from trainer.config import load_config
+from trainer.config_file import load_config
 from trainer.log import METRICS
 from trainer.train import train
 from trainer.training import start

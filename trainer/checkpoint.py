@@ -21,7 +21,8 @@ from pipeline.console import InputError, WorkFailed, say
 from pipeline.files import sha256_of
 from pipeline.recipe import Cursor
 from pipeline.text import CaptionTokenizer
-from trainer.config import Config, RunConfig, load_config
+from trainer.config import Config, RunConfig
+from trainer.config_file import load_config
 from trainer.mirror import Mirror
 from trainer.model import UniCLIP
 

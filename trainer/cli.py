@@ -24,7 +24,7 @@ def run(
 
     Example on 8 GPUs: `torchrun --nproc-per-node 8 --no-python uniclip-train run vit-b32`
     """
-    from trainer.config import load_config
+    from trainer.config_file import load_config
 
     resolved = load_config(config, set_)
     from trainer.train import run as run_run
@@ -61,7 +61,7 @@ def check(
 
     Example: `uniclip-train check vit-b32 --dry`
     """
-    from trainer.config import load_config
+    from trainer.config_file import load_config
 
     resolved = load_config(config, set_)
     from trainer.check import check as verdicts
@@ -104,7 +104,7 @@ def presets() -> None:
 
     Example: `uniclip-train presets`
     """
-    from trainer.config import presets as known
+    from trainer.config_file import presets as known
 
     for name, path in known().items():
         say(f"{name:16} {path.read_text().splitlines()[0].lstrip('# ')}")

@@ -1,7 +1,5 @@
-"""A run is one TOML file, read once into frozen models that refuse unknown keys."""
+"""What a run is: frozen models of its one TOML file, which refuse unknown keys."""
 
-import difflib
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,20 +9,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from pipeline.console import InputError
 from pipeline.sampling import KINDS, MAX_JITTER, MEDIUM, RECIPES, STRONG, VIEW_RANGES, WEAK, ViewKind
 
-PRESETS = Path(__file__).parent / "configs"
-BASELINE = {"model.text.pooling": "end", "model.head.kind": "mlp", "model.head.depth": 1, "model.head.augmentation": False,
-            "model.similarity.kind": "shared"}  # CLIP's: a causal text tower, a linear head (one layer), one temperature
 VIEWS = {"clip": "one view", "slip": "a view for CLIP and two strong or medium ones", "declip": "two views"}
-_INSTEAD = {"data.stream": "index", "data.index": "stream"}  # --set of one takes the place of the other
 
 
 class Section(BaseModel):
@@ -201,7 +193,7 @@ class InitConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """UniCLIP, or a baseline of trainer.objectives, which sets what BASELINE says wherever the file does not.
+    """UniCLIP, or a baseline of trainer.objectives, which sets what `config_file.BASELINE` says wherever the file does not.
 
     hidden: width of the hidden layers that SLIP and DeCLIP add, 0 for their own (4096 and 1024). queue: texts among which
     DeCLIP looks for nearest neighbours; fewer than an epoch has, or the nearest one is the text itself. synonyms: a file of
@@ -344,84 +336,3 @@ class Config(Section):
     def to_toml(self) -> str:
         """The resolved file, as stored in the run folder."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
-
-def presets() -> dict[str, Path]:
-    """Name → file of the presets that come with the package."""
-    return {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
-
-
-def load_config(source: str, overrides: list[str] | None = None) -> Config:
-    """A preset's name or a TOML file, with `a.b=value` overrides → Config. Raises InputError."""
-    path = presets().get(source, Path(source))
-    if not path.is_file():
-        near = difflib.get_close_matches(source, presets(), 1, 0.4)
-        raise InputError(f"no configuration {source}: neither a TOML file nor a preset"
-                         + (f"; did you mean {near[0]}?" if near else f" ({', '.join(presets())})"))
-    try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
-    for override in overrides or []:
-        _set(values, override)
-    _complete(values)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        set_here = {override.partition("=")[0] for override in overrides or []}
-        raise InputError("; ".join(_explain(e, path, set_here) for e in error.errors())) from None
-
-
-def _set(values: dict[str, Any], override: str) -> None:
-    """Apply `a.b=value`; the value is TOML, or plain text where it is not."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"--set {override}: write it as section.key=value, for example --set optim.lr=5e-4")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise InputError(f"--set {override}: {parent!r} is a value, not a section")
-    values[last] = value
-    values.pop(_INSTEAD.get(key, ""), None)
-
-
-def _complete(values: dict[str, Any]) -> None:
-    """What a baseline is made of, wherever it is not said."""
-    objective = values.get("objective")
-    name = objective.get("name", "uniclip") if isinstance(objective, dict) else "uniclip"
-    if name not in VIEWS:
-        return
-    for key, value in (BASELINE | {"data.recipe": name}).items():
-        section, (*parents, last) = values, key.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {}) if isinstance(section, dict) else {}
-        if isinstance(section, dict):
-            section.setdefault(last, value)
-
-
-def _explain(error: Any, path: Path, set_here: set[str]) -> str:
-    """One pydantic error as place, fault and cure."""
-    place = ".".join(str(part) for part in error["loc"])
-    where = f"--set {place}" if place in set_here else f"{path}: {place}"
-    if error["type"] == "extra_forbidden":
-        return f"{where} is an unknown key{_nearest(error['loc'])}"
-    if error["type"] == "missing":
-        return f"{where} is missing: set it in the file or with --set {place}=…"
-    given = "" if isinstance(error["input"], dict) and not error["loc"] else f" = {error['input']!r}"
-    return f"{where.removesuffix(': ')}{given}: {error['msg']}"
-
-
-def _nearest(loc: tuple[int | str, ...]) -> str:
-    """The nearest valid key beside an unknown one."""
-    section: Any = Config
-    for part in loc[:-1]:
-        section = section.model_fields[part].annotation
-    names = list(section.model_fields)
-    prefix = "".join(f"{part}." for part in loc[:-1])
-    near = [prefix + name for name in difflib.get_close_matches(str(loc[-1]), names, 2, 0.5)]
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(names)}"

@@ -6,7 +6,8 @@ from pathlib import Path
 import fsspec
 
 from pipeline.console import InputError, WorkFailed, say
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 
 STATE, CONFIG, LATEST, LOGS = "state.json", "config.toml", "latest", ("metrics.jsonl", "bad_samples.jsonl")
 
