@@ -72,13 +72,13 @@ def test_bounds_are_the_losses_of_random_and_of_agreeing_groups(name, supervisio
     groups, width = 128, 96
     similarity = torch.tensor(temperature).double(), torch.tensor([0.1, -0.05, 0.0]).double()
     drawn = {"floor": [], "chance": []}
-    for _ in range(4):
+    for _ in range(16):
         image, text = torch.randn(groups, views, width).double(), torch.randn(groups, texts, width).double()
         drawn["chance"].append(LOSSES[name](image, text, *similarity, supervision).item())
         image[:], text[:] = image[:, :1], image[:, :1]
         drawn["floor"].append(LOSSES[name](image, text, *similarity, supervision).item())
     bounds = loss_bounds(name, supervision, groups, views, texts, width, *similarity)
-    assert bounds == pytest.approx(tuple(sum(losses) / len(losses) for losses in drawn.values()), rel=0.02)
+    assert bounds == pytest.approx(tuple(sum(losses) / len(losses) for losses in drawn.values()), rel=0.005)
 
 
 def test_chance_of_infonce_at_high_temperature_is_the_log_of_the_batch_and_of_mp_nce_is_not():
