@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pipeline.console import InputError
 from pipeline.sampling import KINDS, ViewKind
 from trainer.config import Config
-from trainer.config_file import load_config, presets
+from trainer.config_file import MAY_CHANGE, load_config, presets
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,6 +78,14 @@ def test_separate_supervision_is_refused_where_it_is_undefined():
 def test_a_partial_view_keeps_the_rest_of_its_kind():
     weak = load_config("scenes-tiny", ["data.weak.flip_p=0.5"]).data.weak
     assert (weak.flip_p, weak.area) == (0.5, (0.5, 1.0))
+
+
+def test_the_documentation_lists_what_may_change_when_a_run_goes_on():
+    page = (ROOT / "docs" / "training.md").read_text()
+    for section, names in MAY_CHANGE.items():
+        (row,) = re.findall(rf"^\| `{section}` \| (.*) \|$", page, re.MULTILINE)
+        assert row == "all" and section == "eval" or set(re.findall(r"`(\w+)`", row)) == set(names)
+        assert set(names) <= set(Config.model_fields[section].annotation.model_fields)  # type: ignore[union-attr]
 
 
 def test_overrides_are_toml_or_plain_text():

@@ -177,6 +177,41 @@ def test_a_run_goes_on_with_another_number_of_processes(scenes, tmp_path):
     assert losses(folder) == pytest.approx(undisturbed, rel=1e-4)
 
 
+def test_resume_takes_what_leaves_the_result_as_it_is(scenes, tmp_path, finished):
+    folder, moved, mirror = tmp_path / "run", tmp_path / "moved", tmp_path / "mirror"
+    begin(scenes, folder, **{"run.keep": 9})
+    half = folder / "checkpoints" / "000000000240"
+    shutil.copytree(scenes / "train", moved)
+    more = {"data.index": moved, "run.mirror": f"file://{mirror}", "run.save_every_samples": 96, "run.recompute": "true",
+            "eval.every_samples": 480, "eval.held_out": moved}
+    done = command("uniclip-train", "resume", half, *(f"--set={key}={value}" for key, value in more.items()))
+    assert done.returncode == 0, done.stderr
+    assert [row for row in (folder / "metrics.jsonl").read_text().splitlines() if "held_out_loss" in row]
+    rows = [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "step" in row]
+    assert [(row["step"], row["loss"], row["grad_norm"]) for row in rows] == [row[:1] + row[2:4] for row in trace(finished)]
+    assert weights(folder) == weights(mirror) == weights(finished)
+    assert load_config(str(folder / "config.toml")).data.index == moved
+    assert checkpoint.load_config_of(half).run.save_every_samples == 96  # as after a kill before the next checkpoint
+    assert checkpoint.load_model(half).config.data.index == scenes / "train"
+    with pytest.raises(InputError, match="already holds a run"):
+        restored(half, overrides=[f"run.mirror=file://{mirror}/../mirror"])
+    manifest = moved / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "another"}))
+    with pytest.raises(InputError, match="the data stream's 'index' was"):
+        restored(half)
+
+
+@pytest.mark.parametrize("override", ["optim.lr=1", "optim.samples=960", "run.folder=x", "data.weak.flip_p=1", "model.dim=8"])
+def test_resume_refuses_what_would_make_another_run(finished, override):
+    with pytest.raises(InputError) as told:
+        resume(str(finished), overrides=[override])
+    key = override.partition("=")[0]
+    assert f"--set {override}: with another {key} it would be another run" in str(told.value)
+    assert f"`uniclip-train run {finished}/config.toml --set {override} --set run.folder=…` starts one" in str(told.value)
+    with pytest.raises(InputError, match="unknown key; did you mean run.mirror"):
+        resume(str(finished), overrides=["run.mirorr=x"])
+
+
 WRONG = [
     (["run", "nowhere.toml"], 2, "neither a TOML file nor a preset"),
     (["run", "scenes-tny"], 2, "did you mean scenes-tiny?"),

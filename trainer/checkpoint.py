@@ -7,6 +7,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.console import InputError, WorkFailed, say
-from pipeline.files import sha256_of
+from pipeline.files import replacing, sha256_of, write_json
 from pipeline.recipe import Cursor
 from pipeline.text import CaptionTokenizer
 from trainer.config import Config, RunConfig
-from trainer.config_file import load_config
+from trainer.config_file import as_changed, changed, load_config
 from trainer.mirror import Mirror
 from trainer.model import UniCLIP
 
@@ -81,20 +82,6 @@ class Loaded:
     run: Path
 
 
-def _write(path: Path, data: str | bytes) -> None:
-    """Write, and be sure that it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, text)
-    temporary.replace(path)
-
-
 def save(run: Path, taken: Snapshot, keep: int) -> Path:
     """Write a checkpoint, move `latest` to it, remove all but the `keep` newest → its folder.
 
@@ -120,13 +107,12 @@ def write(folder: Path, taken: Snapshot) -> None:
         save_file(taken.tensors.average, folder / AVERAGE)
     torch.save({"optimizer": taken.tensors.optimizer, "rng": taken.tensors.rng, "memory": taken.tensors.memory},
                folder / OPTIMIZER)
-    _write(folder / TOKENIZER, taken.tokenizer)
-    _write(folder / CONFIG, taken.config)
+    (folder / TOKENIZER).write_text(taken.tokenizer)
+    (folder / CONFIG).write_text(taken.config)
     hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     for name in hashes:
         _sync(folder / name)
-    _replace(folder / STATE, json.dumps(asdict(State(taken.step, taken.cursor, taken.seconds, taken.skipped, hashes)),
-                                        indent=1))
+    write_json(folder / STATE, asdict(State(taken.step, taken.cursor, taken.seconds, taken.skipped, hashes)))
 
 
 class Saver:
@@ -186,7 +172,8 @@ def folder_of(run: Path, cursor: Cursor) -> Path:
 
 def point_at(folder: Path) -> None:
     """Make `latest` name this checkpoint. A run resumed from an older one goes back to it before it trains."""
-    _replace(folder.parent / LATEST, folder.name)
+    with replacing(folder.parent / LATEST) as temporary:
+        temporary.write_text(folder.name)
 
 
 def _sync(path: Path) -> None:
@@ -209,6 +196,11 @@ def find(path: Path) -> Path:
     if not (folder / STATE).is_file():
         raise InputError(f"{folder} holds no checkpoint (no {STATE}): " + _others(path / "checkpoints"))
     return folder
+
+
+def run_of(folder: Path) -> Path:
+    """The run of a checkpoint's folder; the folder itself where that stands alone."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
 
 
 def _others(checkpoints: Path, damaged: Path | None = None) -> str:
@@ -256,13 +248,20 @@ def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> L
         model.load_state_dict(load_file(folder / name))
     except RuntimeError as error:
         raise InputError(f"{folder / name} does not fit the model that {CONFIG} beside it describes: {error}") from None
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    return Loaded(model.eval().to(device), tokenizer, config.model.image.size, config, state.hashes[name], folder, run)
+    return Loaded(model.eval().to(device), tokenizer, config.model.image.size, config, state.hashes[name], folder,
+                  run_of(folder))
 
 
-def load_config_of(path: Path) -> Config:
-    """The configuration of a run or checkpoint folder. Raises InputError when there is none."""
-    return load_config(str(find(path) / CONFIG))
+def load_config_of(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """With what a run or checkpoint folder goes on: what may change as RUN/config.toml has it, or `overrides`.
+
+    Raises InputError when there is none, or for an override that would make it another run.
+    """
+    folder = find(path)
+    run, config = run_of(folder), load_config(str(folder / CONFIG))
+    if (run / CONFIG).is_file():
+        config = as_changed(config, load_config(str(run / CONFIG)))
+    return changed(config.model_copy(update={"run": config.run.model_copy(update={"folder": run})}), overrides)
 
 
 def read_tensors(folder: Path) -> Tensors:

@@ -12,11 +12,13 @@ from pipeline.console import say
 app = make_app("Train UniCLIP and the systems it is compared with.",
                "uniclip-train run scenes-tiny --set data.index=shards && uniclip-train resume runs/scenes-tiny")
 
+Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one value; repeatable.")]
+
 
 @app.command()
 def run(
     config: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")],
-    set_: Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one value; repeatable.")] = [],  # noqa: B006
+    set_: Overrides = [],  # noqa: B006
 ) -> None:
     """Start a run; under torchrun on as many processes as it starts.
 
@@ -36,22 +38,26 @@ def run(
 def resume(
     place: Annotated[str, typer.Argument(metavar="RUN", help="The folder of the run, or the URL of its mirror.")],
     folder: Annotated[Path | None, typer.Option(help="Where a mirror is fetched to; where the run was unless given.")] = None,
+    set_: Overrides = [],  # noqa: B006
 ) -> None:
     """Go on with a run from its latest complete checkpoint, exactly as if it had never stopped.
 
     It may go on under torchrun on another number of processes: samples, captions and views stay what they were.
+    `--set` takes what does not change the result: where files are, what it runs on, how often it writes and evaluates.
 
     Example: `uniclip-train resume runs/scenes-tiny`
+
+    Example: `uniclip-train resume runs/photos --set run.mirror=s3://bucket/photos --set run.save_every_minutes=5`
     """
     from trainer.train import resume as resume_run
 
-    resume_run(place, folder)
+    resume_run(place, folder, set_)
 
 
 @app.command()
 def check(
     config: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")],
-    set_: Annotated[list[str], typer.Option("--set", metavar="A.B=VALUE", help="Override one value; repeatable.")] = [],  # noqa: B006
+    set_: Overrides = [],  # noqa: B006
     dry: Annotated[bool, typer.Option("--dry", help="Only what needs no data and no training, modelled for 8 H200s.")] = False,
     ranks: Annotated[int, typer.Option(min=0, help="Processes that the run will have; one on each GPU unless given.")] = 0,
 ) -> None:

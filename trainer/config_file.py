@@ -2,17 +2,23 @@
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.console import InputError
-from trainer.config import VIEWS, Config
+from trainer.config import VIEWS, Config, EvalConfig
 
 PRESETS = Path(__file__).parent / "configs"
 BASELINE = {"model.text.pooling": "end", "model.head.kind": "mlp", "model.head.depth": 1, "model.head.augmentation": False,
             "model.similarity.kind": "shared"}  # CLIP's: a causal text tower, a linear head (one layer), one temperature
+MAY_CHANGE = {  # when a run goes on: of what it computes nothing but last bits
+    "data": ("index", "shards", "cache", "cache_gb", "read_timeout", "skip", "executor", "threads", "bad_sample_budget"),
+    "objective": ("synonyms",), "optim": ("accumulation", "skips"), "eval": tuple(EvalConfig.model_fields),
+    "run": ("device", "sharding", "recompute", "compile", "log_every", "save_every_samples", "save_every_minutes", "keep",
+            "mirror", "wandb")}  # files of [data] and [objective] may be elsewhere; other ones the cursor refuses
 _INSTEAD = {"data.stream": "index", "data.index": "stream"}  # --set of one takes the place of the other
 
 
@@ -21,7 +27,7 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
 
 
-def load_config(source: str, overrides: list[str] | None = None) -> Config:
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     """A preset's name or a TOML file, with `a.b=value` overrides → Config. Raises InputError."""
     path = presets().get(source, Path(source))
     if not path.is_file():
@@ -32,13 +38,37 @@ def load_config(source: str, overrides: list[str] | None = None) -> Config:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
-    for override in overrides or []:
+    return _checked(values, overrides, path)
+
+
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration of a run that goes on with other settings. Raises InputError for one that must stay."""
+    run = config.run.folder
+    wanted = _checked(config.model_dump(mode="json", exclude_none=True), overrides, run / "config.toml")
+    for override in overrides:
+        section, _, name = override.partition("=")[0].partition(".")
+        if name not in MAY_CHANGE.get(section, ()):
+            raise InputError(f"--set {override}: with another {section}.{name} it would be another run: `uniclip-train run "
+                             f"{run}/config.toml --set {override} --set run.folder=…` starts one, with --set init.image={run} "
+                             f"--set init.text={run} from the weights of this")
+    return wanted
+
+
+def as_changed(config: Config, later: Config) -> Config:
+    """`config` with all that may change as `later` has it."""
+    return config.model_copy(update={
+        section: getattr(config, section).model_copy(update={name: getattr(getattr(later, section), name) for name in names})
+        for section, names in MAY_CHANGE.items()})
+
+
+def _checked(values: dict[str, Any], overrides: Sequence[str], path: Path) -> Config:
+    for override in overrides:
         _set(values, override)
     _complete(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        set_here = {override.partition("=")[0] for override in overrides or []}
+        set_here = {override.partition("=")[0] for override in overrides}
         raise InputError("; ".join(_explain(e, path, set_here) for e in error.errors())) from None
 
 

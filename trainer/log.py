@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.console import InputError, say
+from pipeline.files import replacing
 from trainer.config import RunConfig
 from trainer.hints import Hints
 from trainer.similarity import DOMAIN_PAIRS
@@ -22,9 +23,8 @@ def cut_back(path: Path, samples_seen: int) -> None:
     if path.is_file():
         lines = path.read_text(errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if _stands(line, samples_seen)]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
 
 
 def _stands(line: str, samples_seen: int) -> bool:

@@ -1,5 +1,6 @@
 """A run's copy behind an fsspec URL: whole checkpoints, and the log as far as they go."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -73,6 +74,7 @@ class Mirror:
         for log in LOGS:
             if self._fs.exists(f"{self._root}/{log}"):
                 self._fs.get_file(f"{self._root}/{log}", str(run / log))
+        shutil.copyfile(folder / CONFIG, run / CONFIG)
         here.write_text(name)
         say(f"fetched {self.url}, checkpoint {name}, to {run}")
 

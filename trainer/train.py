@@ -3,7 +3,7 @@
 import os
 import resource
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from pipeline.console import InputError, WorkFailed, say
+from pipeline.files import replacing
 from pipeline.ledger import Ledger
 from trainer import checkpoint
 from trainer.batches import without_padding
 from trainer.config import Config
+from trainer.config_file import changed
 from trainer.distributed import chunks, forward_backward, process_group, whole
 from trainer.failures import Skips
 from trainer.flops import flops_by_length, peak_flops
@@ -34,21 +36,22 @@ def run(config: Config) -> Path:
         return train(config, start(config, device, ranks), orders)
 
 
-def resume(place: str, folder: Path | None = None) -> Path:
+def resume(place: str, folder: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     """Go on with the run in a folder, on any number of processes → its last checkpoint.
 
-    place may be the URL of a run's mirror; it is fetched into `folder`, by default where the run was. Raises InputError.
+    place may be the URL of a run's mirror; it is fetched into `folder`, by default where the run was. overrides: what may
+    change. Raises InputError.
     """
     mirror = Mirror(place) if "://" in place else None
     if folder and not mirror:
         raise InputError(f"--folder {folder} is where a mirror is fetched to, but {place} is no URL: leave it out")
-    path = Path(place) if mirror is None else folder or mirror.config().run.folder
-    config = mirror.config() if mirror else checkpoint.load_config_of(path)
+    config = changed(mirror.config(), overrides) if mirror else checkpoint.load_config_of(Path(place), overrides)
+    path = folder or config.run.folder if mirror else Path(place)
     with Orders() as orders, process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
         if mirror and os.environ.get("LOCAL_RANK", "0") == "0":
             mirror.fetch(path)
         ranks.wait()
-        return train(*restored(path, device, ranks), orders)
+        return train(*restored(path, device, ranks, overrides), orders)
 
 
 def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
@@ -143,7 +146,8 @@ def _open(config: Config, t: Training, saver: checkpoint.Saver) -> None:
     saver.newest = t.cursor.samples_seen or None
     if t.ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / checkpoint.CONFIG).write_text(config.to_toml())
+        with replacing(folder / checkpoint.CONFIG) as temporary:
+            temporary.write_text(config.to_toml())
         if t.cursor.samples_seen:
             say(f"resuming {folder} at {t.cursor.samples_seen:,} samples")
             checkpoint.point_at(checkpoint.folder_of(folder, t.cursor))

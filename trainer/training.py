@@ -1,5 +1,6 @@
 """What a run consists of, and how it is put together: fresh, or as a checkpoint left it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,15 @@ def start(config: Config, device: str | None = None, ranks: Ranks = ALONE) -> Tr
     return _assemble(config, data, make_tokenizer(config.model.text, data, config.init.text), device, ranks)
 
 
-def restored(folder: Path, device: str | None = None, ranks: Ranks = ALONE) -> tuple[Config, Training]:
+def restored(folder: Path, device: str | None = None, ranks: Ranks = ALONE, overrides: Sequence[str] = ()
+             ) -> tuple[Config, Training]:
     """A run at its latest complete checkpoint. Raises InputError when the data is not what it was."""
     source = checkpoint.find(folder)
     state = checkpoint.read_state(source)
     loaded = checkpoint.load_model(source, average=False)
-    config = loaded.config.model_copy(update={"run": loaded.config.run.model_copy(update={"folder": loaded.run})})
+    config = checkpoint.load_config_of(source, overrides)
+    if config.run.mirror not in ("", checkpoint.load_config_of(source).run.mirror):
+        Mirror(config.run.mirror).refuse_another()
     t = _assemble(config, open_data(config.data), loaded.tokenizer, device, ranks, source)
     t.cursor.refuse_other(state.cursor)
     t.cursor, t.step, t.seconds, t.skipped = state.cursor, state.step, state.seconds, state.skipped
