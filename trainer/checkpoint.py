@@ -24,7 +24,7 @@ from pipeline.recipe import Cursor
 from pipeline.text import CaptionTokenizer
 from trainer.config import Config, RunConfig
 from trainer.config_file import as_changed, changed, load_config
-from trainer.mirror import Mirror
+from trainer.mirror import Mirror, superseded
 from trainer.model import UniCLIP
 
 WEIGHTS, AVERAGE, OPTIMIZER, TOKENIZER, CONFIG, STATE, LATEST = (
@@ -183,10 +183,9 @@ def _sync(path: Path) -> None:
 
 
 def _retain(checkpoints: Path, keep: int) -> None:
-    latest = (checkpoints / LATEST).read_text()
-    older = sorted(path for path in checkpoints.iterdir() if path.is_dir() and path.name != latest)
-    for path in older[: max(len(older) - keep + 1, 0)]:
-        shutil.rmtree(path)
+    names = [path.name for path in checkpoints.iterdir() if path.is_dir()]
+    for name in superseded(names, (checkpoints / LATEST).read_text(), keep):
+        shutil.rmtree(checkpoints / name)
 
 
 def find(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import fsspec
@@ -11,6 +12,15 @@ from trainer.config import Config
 from trainer.config_file import load_config
 
 STATE, CONFIG, LATEST, LOGS = "state.json", "config.toml", "latest", ("metrics.jsonl", "bad_samples.jsonl")
+
+
+def superseded(names: Iterable[str], newest: str, keep: int) -> list[str]:
+    """Of the names of checkpoints those that make way for `newest`.
+
+    The `keep` newest stay; later ones are of a line that the run has left by going back to an older checkpoint.
+    """
+    before = sorted(name for name in names if name < newest)
+    return before[:max(len(before) - keep + 1, 0)] + [name for name in names if name > newest]
 
 
 class Mirror:
@@ -34,8 +44,7 @@ class Mirror:
                 if (run / name).is_file():
                     self._fs.put_file(str(run / name), f"{self._root}/{name}")
             self._fs.pipe_file(f"{self._root}/checkpoints/{LATEST}", folder.name.encode())
-            others = [name for name in self._names() if name != folder.name]
-            for old in others[:max(len(others) - keep + 1, 0)]:
+            for old in superseded(self._names(), folder.name, keep):
                 self._fs.rm(f"{self._root}/checkpoints/{old}", recursive=True)
         except Exception as error:  # each filesystem raises its own
             raise WorkFailed(f"run.mirror {self.url} did not take {folder.name} ({error}); the checkpoint in {folder} is "
@@ -81,4 +90,4 @@ class Mirror:
     def _names(self) -> list[str]:
         self._fs.invalidate_cache()
         entries = self._fs.ls(f"{self._root}/checkpoints", detail=True)
-        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory")
+        return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
