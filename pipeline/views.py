@@ -56,6 +56,7 @@ class DaliExecutor:
 
     def __init__(self, size: int, threads: int | None = None, device_id: int | None = None):
         self.size, self._threads, self._device_id = size, threads or os.cpu_count() or 1, device_id
+        self._stream = None if device_id is None else torch.cuda.Stream(device_id)
         self._built: tuple[int, int, Pipeline] | None = None
 
     def _pipe(self, batch: int, views: int) -> Pipeline:
@@ -74,11 +75,23 @@ class DaliExecutor:
             pipe.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
             pipe.feed_input("vectors", np.ascontiguousarray(vector_BVA))
             pipe.feed_input("ids", np.ascontiguousarray(sample_id_B))
-            *views, vectors, ids = (torch.from_dlpack(output.as_tensor()).clone() for output in pipe.run())
+            *views, vectors, ids = self._copies(pipe.run())
         except RuntimeError:
             self._built = None
             raise
         return views, vectors, ids
+
+    def _copies(self, outputs: tuple) -> list[torch.Tensor]:
+        """Tensors of torch's own. On a GPU the copies wait for none of the step's kernels, and are made when this returns:
+        DALI may write into an output's memory again as soon as it is let go."""
+        with torch.cuda.stream(self._stream):
+            copies = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
+        if self._stream is None:
+            return copies
+        self._stream.synchronize()
+        for copy in copies:
+            copy.record_stream(torch.cuda.current_stream(self._device_id))  # whose kernels will read it
+        return copies
 
     def close(self) -> None:
         """Drop the pipeline and its memory."""
