@@ -172,6 +172,41 @@ def test_a_mirror_that_is_away_for_a_while_does_not_end_the_run(scenes, tmp_path
     assert checkpoint.read_state(checkpoint.find(mirror)).cursor.samples_seen == 480
 
 
+SLOW = """
+import sys, time
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from trainer.config_file import load_config
+from trainer.distributed import process_group
+from trainer.train import train
+from trainer.training import start
+
+class Slow(LocalFileSystem):
+    protocol = "slow"
+
+    def put_file(self, here, there, **options):
+        time.sleep(7 * here.endswith("model.safetensors"))
+        super().put_file(here, there, **options)
+
+fsspec.register_implementation("slow", Slow)
+config = load_config("scenes-tiny", sys.argv[1:])
+with process_group(config.optim.batch_size, "cpu", timeout_minutes=4 / 60) as (ranks, device):
+    train(config, start(config, device, ranks))
+"""
+
+
+def test_no_rank_waits_for_a_mirror_that_takes_longer_than_a_collective_may(scenes, tmp_path):
+    folder, mirror = tmp_path / "run", tmp_path / "mirror"
+    (tmp_path / "slow.py").write_text(SLOW)
+    more = {"run.mirror": f"slow://{mirror}", "optim.samples": 96, "run.save_every_samples": 16, "run.keep": 1}
+    done = command(*TORCHRUN, "2", tmp_path / "slow.py", *overrides(scenes, folder, **more))
+    assert done.returncode == 0, done.stderr
+    assert len(trace(folder)) == 6
+    for place in (folder, mirror):
+        assert sorted(path.name for path in (place / "checkpoints").iterdir()) == ["000000000096", "latest"]
+        checkpoint.read_state(checkpoint.find(place))
+
+
 @pytest.mark.parametrize("launch", ["torchrun", "alone"])
 def test_a_dead_rank_ends_the_run_and_is_named(scenes, tmp_path, launch):
     """Under torchrun the agent names it; started one by one, as on nodes of their own, the other ranks do."""

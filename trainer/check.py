@@ -109,8 +109,9 @@ def _disk(run: RunConfig, size: int) -> Iterator[Verdict]:
                  (not place.is_dir() or not os.access(place, os.W_OK), "bad", f"{place} cannot be written: set run.folder"),
                  ((run.folder / "checkpoints" / checkpoint.LATEST).is_file(), "warn",
                   f"it holds a run: `uniclip-train resume {run.folder}`, or set run.folder"))
-    free, needed = shutil.disk_usage(place).free, (run.keep + 1) * size
-    yield judged("disk", f"{run.keep} + 1 checkpoints need {_size(needed)}, {_size(free)} are free",
+    more = 2 if run.mirror else 1  # one is being written, one copied
+    free, needed = shutil.disk_usage(place).free, (run.keep + more) * size
+    yield judged("disk", f"{run.keep} + {more} checkpoints need {_size(needed)}, {_size(free)} are free",
                  (needed > free, "bad", "make room, lower run.keep, or set run.folder"),
                  (needed > 0.8 * free, "warn", "make room, or lower run.keep"))
     if run.wandb and importlib.util.find_spec("wandb") is None:

@@ -7,7 +7,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,8 +82,8 @@ class Loaded:
     run: Path
 
 
-def save(run: Path, taken: Snapshot, keep: int) -> Path:
-    """Write a checkpoint, move `latest` to it, remove all but the `keep` newest → its folder.
+def save(run: Path, taken: Snapshot, keep: int, in_use: Collection[Path] = ()) -> Path:
+    """Write a checkpoint, move `latest` to it, remove all but the `keep` newest and those `in_use` → its folder.
 
     Raises WorkFailed (disk full, read-only).
     """
@@ -91,7 +91,7 @@ def save(run: Path, taken: Snapshot, keep: int) -> Path:
     try:
         write(folder, taken)
         point_at(folder)
-        _retain(run / "checkpoints", keep)
+        _retain(run / "checkpoints", keep, in_use)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save and safetensors wrap the system's error
         raise WorkFailed(f"{folder} could not be written ({error}): the checkpoint before it is whole; make room, then "
                          f"`uniclip-train resume {run}`") from error
@@ -116,53 +116,78 @@ def write(folder: Path, taken: Snapshot) -> None:
 
 
 class Saver:
-    """Writes checkpoints from a thread, one at a time, while the run goes on; its mirror gets a copy of each.
+    """Writes checkpoints from a thread, one at a time, while the run goes on; another thread copies them to the mirror.
 
-    A mirror that fails gets the next one: only at the ends of a run must it have taken the last. newest: samples seen at it.
+    While a copy takes long the run writes further ones, of which the newest is copied next. A mirror that fails gets the
+    next one: only at the ends of a run must it have taken the last. newest: samples seen at it.
     """
 
     newest: int | None = None
 
     def __init__(self, run: RunConfig):
         self._run, self._keep, self._mirror = run.folder, run.keep, Mirror(run.mirror) if run.mirror else None
-        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writer, self._copier = ThreadPoolExecutor(1, "checkpoint"), ThreadPoolExecutor(1, "mirror")
         self._writing: Future | None = None
+        self._copies: dict[Path, Future] = {}
         self._not_copied: WorkFailed | None = None
 
     def save(self, taken: Snapshot) -> None:
         """Begin to write, once the one before is written. Raises WorkFailed when that failed."""
         self.wait()
-        self._writing = self._pool.submit(self._save, taken)
+        self._writing = self._writer.submit(self._save, taken)
 
     def wait(self) -> None:
         """Until all is written. Raises WorkFailed (disk full, read-only)."""
         if self._writing:
             self._writing.result()
 
+    @property
+    def written(self) -> bool:
+        """Whether nothing is being written."""
+        return self._writing is None or self._writing.done()
+
+    @property
+    def copied(self) -> bool:
+        """Whether nothing is being written or copied."""
+        return self.written and not self._uncopied()
+
     def finish(self) -> None:
         """Until all is written and copied. Raises WorkFailed, also when the mirror did not take the last checkpoint."""
         self.wait()
+        if self._copies:
+            [*self._copies.values()][-1].result()
+            _retain(self._run / "checkpoints", self._keep)
         if self._not_copied:
             raise self._not_copied
 
     def check(self) -> None:
         """Raises the WorkFailed of a checkpoint that could not be written."""
-        if self._writing and self._writing.done():
+        if self.written:
             self.wait()
 
     def close(self) -> None:
-        """Give the thread back; what it is writing will be written."""
-        self._pool.shutdown()
+        """Give the threads back; what they are writing and copying will be."""
+        self._writer.shutdown()
+        self._copier.shutdown()
+
+    def _uncopied(self) -> list[Path]:
+        return [folder for folder, copy in self._copies.items() if not copy.done()]
 
     def _save(self, taken: Snapshot) -> None:
-        folder = save(self._run, taken, self._keep)
+        folder = save(self._run, taken, self._keep, self._uncopied())
         if self._mirror:
-            try:
-                self._mirror.copy(folder, self._keep)
-                self._not_copied = None
-            except WorkFailed as error:
-                say(f"warning: {error}; the next checkpoint will try again")
-                self._not_copied = error
+            for copy in self._copies.values():
+                copy.cancel()
+            waiting = self._uncopied()
+            self._copies = {one: self._copies[one] for one in waiting} | {folder: self._copier.submit(self._copy, folder)}
+
+    def _copy(self, folder: Path) -> None:
+        try:
+            self._mirror.copy(folder, self._keep)  # type: ignore[union-attr]
+            self._not_copied = None
+        except WorkFailed as error:
+            say(f"warning: {error}; the next checkpoint will try again")
+            self._not_copied = error
 
 
 def folder_of(run: Path, cursor: Cursor) -> Path:
@@ -182,10 +207,11 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _retain(checkpoints: Path, keep: int) -> None:
+def _retain(checkpoints: Path, keep: int, in_use: Collection[Path] = ()) -> None:
     names = [path.name for path in checkpoints.iterdir() if path.is_dir()]
     for name in superseded(names, (checkpoints / LATEST).read_text(), keep):
-        shutil.rmtree(checkpoints / name)
+        if checkpoints / name not in in_use:
+            shutil.rmtree(checkpoints / name)
 
 
 def find(path: Path) -> Path:

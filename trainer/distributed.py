@@ -5,6 +5,7 @@ on this rank, V views, T texts, D embedding.
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,7 @@ from pipeline.console import InputError, WorkFailed
 from trainer.heartbeat import Heartbeat
 from trainer.losses import NoValidGroup
 
+POLL = 0.1  # seconds
 Embeddings = tuple[Tensor, ...]  # image (B, V, D), text (B, T, D), more of each group, temperature (3,), offset (3,)
 
 
@@ -108,6 +110,11 @@ class Ranks:
         """Until all are here."""
         if self.world > 1:
             dist.barrier()
+
+    def until(self, ready: Callable[[], bool]) -> None:
+        """Until it is so on all ranks: for what may take longer than one collective may wait. All ranks must call it."""
+        while self.any(not ready())[0]:
+            time.sleep(POLL)
 
     def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether it is set on any rank. One collective, which all ranks must call."""

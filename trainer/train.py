@@ -121,7 +121,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
             saver.check()
         if stop:
             _save(config, t, saver, clock.total)
-        saver.finish()
+        _finish(t, saver)
         saved = checkpoint.folder_of(run.folder, t.cursor)
         if log:
             say(f"checkpoint {saved}" + (f": stopped, go on with `uniclip-train resume {run.folder}`" if stop else ""))
@@ -155,7 +155,7 @@ def _open(config: Config, t: Training, saver: checkpoint.Saver) -> None:
             say("\n".join([_introduction(config, t), *t.notes]))
     if not t.cursor.samples_seen:
         _save(config, t, saver, 0.0)
-        saver.finish()
+        _finish(t, saver)
 
 
 def _save(config: Config, t: Training, saver: checkpoint.Saver, seconds: float) -> None:
@@ -163,9 +163,16 @@ def _save(config: Config, t: Training, saver: checkpoint.Saver, seconds: float) 
     if saver.newest == t.cursor.samples_seen:
         return
     saver.newest = t.cursor.samples_seen
+    t.ranks.until(lambda: saver.written)
     taken = snapshot(config, t, seconds)
     if t.ranks.rank == 0:
         saver.save(taken)
+
+
+def _finish(t: Training, saver: checkpoint.Saver) -> None:
+    """Until rank 0 has written and copied all, however long that takes."""
+    t.ranks.until(lambda: saver.copied)
+    saver.finish()
 
 
 def _introduction(config: Config, t: Training) -> str:
