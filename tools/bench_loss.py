@@ -7,7 +7,6 @@ On a GPU: `python -m tools.bench_loss --device cuda --dtype bfloat16 --groups 40
 import json
 import multiprocessing
 import platform
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
+from tools.profiles import product, seconds
 from trainer.losses import dense_loss
 from trainer.tiles import tiled_loss
 
@@ -29,7 +29,6 @@ VIEWS, TEXTS, WIDTH = 3, 1, 512
 LOSSES: dict[str, Callable[..., Tensor]] = {"dense": dense_loss, "tiled": tiled_loss}
 OTHERS: dict[str, Callable[..., Tensor]] = {"torch": partial(tiled_loss, backend="torch")}  # where Triton is the default
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-MOST_BYTES, LEAST_RATE = 4 * 2**30, 0.5  # asked of an H200 with 65,536 groups
 
 
 def inputs(groups: int, device: str, dtype: str) -> list[Tensor]:
@@ -75,26 +74,6 @@ def in_own_process(work: Callable, *arguments):
         return pool.apply(work, arguments)
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """Of one call: wall-clock on a GPU, the process's own on a CPU that it may have to share."""
-    if device == "cpu":
-        begin = time.process_time()
-        work()
-        return time.process_time() - begin
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def product(device: str, dtype: str) -> tuple[Callable[[], object], float]:
-    """torch's own product of two large matrices, and its FLOPs."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    return lambda: a @ b, 2.0 * size**3
-
-
 def interleaved(names: list[str], groups: int, device: str, dtype: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of a step of each, and of a product, turn by turn after a first one. The losses must agree."""
     tensors = inputs(groups, device, dtype)
@@ -131,19 +110,6 @@ def largest_difference(name: str, groups: int, device: str, dtype: str) -> float
         step(loss, tensors)
         gradients.append([x.grad.float() for x in tensors if x.grad is not None])
     return max(((x - y).abs().max() / y.abs().max()).item() for y, x in zip(*gradients, strict=True))
-
-
-def gpu_part(folder: Path, device: str = "cuda", small: int = 4096, large: int = 65_536) -> dict:
-    """A part of tools.gpu_check: Triton, PyTorch's tiles and dense where dense fits, then a batch where it does not."""
-    figures: dict = {"differences": {f"{name} {dtype}": largest_difference(name, small // 4, device, dtype)
-                                     for name in ("tiled", "torch") for dtype in ("float32", "bfloat16")}}
-    figures["small"] = measure(["dense", "tiled", "torch"], small, device, "bfloat16", 5)
-    figures["large"] = measure(["tiled"], large, device, "bfloat16", 3)
-    embeddings = large * (VIEWS + TEXTS) * WIDTH * 2
-    figures["bytes_with_inputs"] = figures["large"]["bytes"]["tiled"] + embeddings
-    precise = all(difference < (1e-3 if "float32" in name else 5e-2) for name, difference in figures["differences"].items())
-    return figures | {"passed": precise and figures["bytes_with_inputs"] <= MOST_BYTES
-                      and figures["large"]["rate_ratio"] >= LEAST_RATE}
 
 
 def table(rows: list[dict]) -> str:

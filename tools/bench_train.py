@@ -24,7 +24,7 @@ import typer
 from torch import nn
 
 from pipeline.schema import Batch
-from tools.side_by_side import TRAINERS, apart, side_by_side, sizes_of
+from tools.side_by_side import LEAST_RATIO, TRAINERS, apart, side_by_side, sizes_of
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.log import METRICS
@@ -162,8 +162,9 @@ def main(
             loops.append({"name": name} | apart(overhead, name, given, steps, save_every, f"{scratch}/{name}"))
         for name, pixels, batch in (model.split(":") for model in filter(None, models.split(","))):
             common = {"shards": str(shards.absolute()), "batch": int(batch), "steps": turn_steps, "workers": 1,
-                      "device": "cpu", "precision": "fp32", "compile": False}
-            trainers.append({"name": name} | side_by_side(sizes_of(name, int(pixels)), common, turns, Path(scratch) / name))
+                      "device": "cpu", "precision": "fp32", "compile": False, "resident": False}
+            row = side_by_side(sizes_of(name, int(pixels)), common, turns, Path(scratch) / name)
+            trainers.append({"name": name} | row | {"passed": row["ratios"]["images_per_second"] >= LEAST_RATIO})
     out.mkdir(parents=True, exist_ok=True)
     figures = said | {"overhead": loops, "open_clip_side_by_side": trainers}
     (out / "train-cpu.json").write_text(json.dumps(figures, indent=1) + "\n")
