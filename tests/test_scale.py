@@ -124,12 +124,16 @@ def test_the_batch_chosen_is_the_largest_good_one_that_fits(work):
         choose(work, Machine(), 64, 32)
 
 
-FIGURES = {"device": "NVIDIA H200", "commit": "abc1234", "parts": {
-    "train.b32": {"status": "measured", "figures": {"ways": {"eager": {"tflops": 380.0}, "compiled": {"tflops": 470.0}}}},
-    "train.b16": {"status": "measured", "figures": {"ways": {"eager": {"tflops": 430.0}}}},
-    "loss.large": {"status": "measured", "figures": {"groups": 65_536, "seconds": {"tiled": 0.4}}},
-    "stream.speed": {"status": "needs nvidia.dali"},
-    "profile.b32": {"status": "measured", "figures": {"ceilings": {"flops": 7e14, "bandwidth": 4e12}}}}}
+def record(status: str = "measured", **figures) -> dict:
+    return {"status": status, "machine": "NVIDIA H200", "commit": "abc1234", "figures": figures}
+
+
+FIGURES = {"parts": {
+    "train.b32": record(ways={"eager": {"tflops": 380.0}, "compiled": {"tflops": 470.0}}),
+    "train.b16": record(ways={"eager": {"tflops": 430.0}}),
+    "loss.large": record(groups=65_536, seconds={"tiled": 0.4}),
+    "stream.speed": {"status": "needs nvidia.dali", "machine": "NVIDIA H200", "commit": "abc1234"},
+    "profile.b32": record(ceilings={"flops": 7e14, "bandwidth": 4e12})}}
 
 
 def test_measured_figures_take_the_place_of_assumed_ones(tmp_path):
@@ -142,14 +146,28 @@ def test_measured_figures_take_the_place_of_assumed_ones(tmp_path):
     assert known.machine.decode == Machine().decode
     rows = {row["constant"]: row for row in known.rows()}
     assert rows["towers"]["is"] == rows["loss"]["is"] == "measured"
-    assert rows["towers"]["from"] == "h200.json, NVIDIA H200, commit abc1234"
+    assert rows["towers"]["from"] == "h200.json train.b32, NVIDIA H200, commit abc1234"
     assert rows["decode"]["is"] == rows["nvlink"]["is"] == "assumed"
     assert measured(path, "mine")[0]["towers"] == 430e12
     given_file = tmp_path / "ours.toml"
     given_file.write_text("towers = 3e14\nnetwork = 1e10\n")
-    known = known.with_(given(given_file), f"given: {given_file}")
+    known = known.with_(*given(given_file))
     assert known.machine.towers == 3e14
     assert {row["constant"]: row["is"] for row in known.rows()}["network"] == "given"
+
+
+def test_a_rehearsal_is_no_measurement(tmp_path):
+    """The file is tools.gpu_check's own."""
+    path = tmp_path / "rehearsal.json"
+    done = subprocess.run([sys.executable, "-m", "tools.gpu_check", "--rehearse", "--part", "loss.large", "--out", path],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert path.is_file(), done.stderr
+    with pytest.raises(InputError, match="loss.large was rehearsed on a CPU"):
+        measured(path, "vit-b32")
+    told = json.loads(path.read_text())
+    told["parts"]["loss.large"]["machine"] = "NVIDIA H200"
+    path.write_text(json.dumps(told))
+    assert measured(path, "vit-b32")[0]["loss"] > 0
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"gpus": 3}', '{"parts": {"train.b32": {"figures": {"mfu": 0.4}}}}'])

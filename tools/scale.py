@@ -39,7 +39,7 @@ def known_of(config: str, measured_in: Path | None, machine: Path | None) -> Kno
     known, path = Known(), measured_in or MEASURED
     if measured_in or path.is_file():
         known = known.with_(*measured(path, Path(config).stem))
-    return known.with_(given(machine), f"given: {machine}") if machine else known
+    return known.with_(*given(machine)) if machine else known
 
 
 def row(choice: Choice, samples: int, price: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ class Known:
     machine: Machine = Machine()
     origins: dict[str, str] = field(default_factory=dict)
 
-    def with_(self, values: dict[str, float], origin: str) -> "Known":
+    def with_(self, values: dict[str, float], origins: dict[str, str]) -> "Known":
         """Other values take the place of those known."""
-        return Known(dataclasses.replace(self.machine, **values), self.origins | dict.fromkeys(values, origin))
+        return Known(dataclasses.replace(self.machine, **values), self.origins | origins)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every constant with value, unit, and what it rests on."""
@@ -66,8 +67,8 @@ class Known:
                 for one in fields(Machine)]
 
 
-def given(path: Path) -> dict[str, float]:
-    """Constants of a TOML file. Raises InputError for one that is none."""
+def given(path: Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Constants of a TOML file, and where they are from. Raises InputError for one that is none."""
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -78,36 +79,37 @@ def given(path: Path) -> dict[str, float]:
             raise InputError(f"--machine {path}: {name} is no constant: give some of {', '.join(sorted(names))}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0 or value == 0 and name != "cores":
             raise InputError(f"--machine {path}: {name} = {value!r}: give a number above 0")
-    return values
+    return values, dict.fromkeys(values, f"given: {path}")
 
 
-def measured(path: Path, preset: str) -> tuple[dict[str, float], str]:
-    """Constants that the figures of tools.gpu_check tell, and their origin. Raises InputError for another file.
+def measured(path: Path, preset: str) -> tuple[dict[str, float], dict[str, str]]:
+    """Constants that the figures of tools.gpu_check tell, and where each is from. Raises InputError for another file.
 
     Towers: FLOP/s of the preset's own step, the better of eager and compiled; of other presets' the lowest, for want of it.
     """
     try:
-        told = json.loads(path.read_text())
-        found = {name: part.get("figures") or {} for name, part in told["parts"].items()}
-        values = _constants(found, preset)
+        parts = {name: part for name, part in json.loads(path.read_text())["parts"].items() if part["status"] == "measured"}
+        found = dict(_constants({name: part["figures"] for name, part in parts.items()}, preset))
+        origins = {name: f"measured: {path.name} {part}, {parts[part]['machine']}, commit {parts[part]['commit']}"
+                   for name, (_, part) in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--measured {path}: {type(error).__name__}: {error}: give the file that `python -m tools.gpu_check` "
                          "writes") from None
-    commit = f", commit {told['commit']}" if told.get("commit") else ""
-    return values, f"measured: {path.name}, {told.get('device', 'device unnamed')}{commit}"
+    if rehearsed := next((name for name, part in parts.items() if part["machine"].startswith("CPU")), None):
+        raise InputError(f"--measured {path}: {rehearsed} was rehearsed on a CPU: give figures that `python -m "
+                         "tools.gpu_check` measured on a GPU")
+    return {name: value for name, (value, _) in found.items()}, origins
 
 
-def _constants(found: dict[str, dict], preset: str) -> dict[str, float]:
-    """From figures by part."""
-    values: dict[str, float] = {}
-    steps = {name: max(way["tflops"] for way in found[part]["ways"].values()) * 1e12
-             for name, part in STEPS.items() if found.get(part)}
+def _constants(found: dict[str, dict], preset: str) -> Iterator[tuple[str, tuple[float, str]]]:
+    """From figures by part: constant, value, part."""
+    steps = {name: (max(way["tflops"] for way in found[part]["ways"].values()) * 1e12, part)
+             for name, part in STEPS.items() if part in found}
     if steps:
-        values["towers"] = steps.get(preset, min(steps.values()))
+        yield "towers", steps.get(preset, min(steps.values()))
     if large := found.get("loss.large"):
-        values["loss"] = 4 * (large["groups"] * (VIEWS + TEXTS)) ** 2 * WIDTH / large["seconds"]["tiled"]
+        yield "loss", (4 * (large["groups"] * (VIEWS + TEXTS)) ** 2 * WIDTH / large["seconds"]["tiled"], "loss.large")
     if speed := found.get("stream.speed"):
-        values["decode"] = speed["samples_per_second"]
-    if profiled := next((found[name] for name in sorted(found) if name.startswith("profile.") and found[name]), None):
-        values["memory_bandwidth"] = profiled["ceilings"]["bandwidth"]
-    return values
+        yield "decode", (speed["samples_per_second"], "stream.speed")
+    if profiled := next((name for name in sorted(found) if name.startswith("profile.")), None):
+        yield "memory_bandwidth", (found[profiled]["ceilings"]["bandwidth"], profiled)
