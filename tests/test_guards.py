@@ -2,11 +2,12 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 import torch
 from conftest import command
-from runs import begin, on_ranks, overrides, trace
+from runs import PROGRAM, TORCHRUN, begin, on_ranks, overrides, trace
 from safetensors.torch import load_file
 
 from pipeline.console import InputError, WorkFailed
@@ -83,6 +84,36 @@ def test_past_the_budget_the_run_ends(poisoned):
         train(strict, t)
     assert (folder / "failures" / f"{at:012d}" / "rank0.safetensors").is_file()
     assert not later[0].exists() and later[1].exists() and later[2].exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a full file system of 256 KiB at a folder."""
+    folder = tmp_path / "run" / "failures"
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_step_that_finds_no_room_is_told_and_the_run_goes_on(scenes, tmp_path, small_disk):
+    folder = tmp_path / "run"
+    begin(scenes, folder, **{"optim.samples": 32})
+    config, t = restored(folder)
+    with torch.no_grad():
+        t.model.text.token.weight.fill_(torch.nan)
+    longer = config.model_copy(update={"optim": config.optim.model_copy(update={"samples": 64})})
+    checkpoint.save(folder, snapshot(longer, t, 0.0), 9)
+    done = command(*TORCHRUN, "2", "--no-python", PROGRAM, "resume", folder)
+    assert done.returncode == 0, done.stderr
+    (told, _) = re.findall(r"left out an update: .*", done.stdout)
+    assert f"it cannot be run again: {small_disk}/000000000032 could not be written" in told
+    assert "No space left on device" in told
+    needed = float(re.search(r"a step needs ([\d.]+) MiB, make room there", told)[1])  # type: ignore[index]
+    assert needed * 2**20 == pytest.approx((checkpoint.find(folder) / checkpoint.WEIGHTS).stat().st_size, rel=0.1)
+    assert checkpoint.read_state(checkpoint.find(folder)).skipped == 2
+    assert not list(small_disk.iterdir())
 
 
 HEALTHY = {"step": 90, "samples": 900, "loss": 1.0, "floor_loss": 0.1, "chance_loss": 4.0, "data_wait": 0.0,

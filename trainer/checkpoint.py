@@ -7,8 +7,9 @@
 import json
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,14 +89,21 @@ def save(run: Path, taken: Snapshot, keep: int, in_use: Collection[Path] = ()) -
     Raises WorkFailed (disk full, read-only).
     """
     folder = folder_of(run, taken.cursor)
-    try:
+    with writing(folder, f"the checkpoint before it is whole; make room, then `uniclip-train resume {run}`"):
         write(folder, taken)
         point_at(folder)
         _retain(run / "checkpoints", keep, in_use)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save and safetensors wrap the system's error
-        raise WorkFailed(f"{folder} could not be written ({error}): the checkpoint before it is whole; make room, then "
-                         f"`uniclip-train resume {run}`") from error
     return folder
+
+
+@contextmanager
+def writing(folder: Path, cure: str) -> Generator[None]:
+    """Within, a full disk is a WorkFailed."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save and safetensors wrap the system's error
+        told = str(error).strip().partition("\n")[0]
+        raise WorkFailed(f"{folder} could not be written ({told}): {cure}") from error
 
 
 def write(folder: Path, taken: Snapshot) -> None:

@@ -34,22 +34,38 @@ class Skips:
         """Keep the step for `replay`, on all ranks together. Raises WorkFailed past the budget."""
         t.skipped += 1
         folder = self._run / FOLDER / f"{t.cursor.samples_seen:012d}"
-        taken = snapshot(config, t, 0.0)
-        if t.ranks.rank == 0:
-            checkpoint.write(folder, taken)
-            for old in sorted(path for path in folder.parent.iterdir() if path != folder)[:1 - KEPT]:
-                shutil.rmtree(old)
-        t.ranks.wait()
-        save_file(_told(batch, keep_views=config.data.index is None), folder / f"rank{t.ranks.rank}.safetensors")
-        t.ranks.wait()
+        try:
+            _keep(folder, config, t, batch)
+            again = f"`uniclip-train replay {folder}` runs the step again"
+        except WorkFailed as error:  # a full disk is no reason to end the run
+            again = f"it cannot be run again: {error}"
         what = (f"loss {loss.item():.4g}, gradient norm {gradient.item():.4g} at {t.cursor.samples_seen:,} samples are not "
                 f"finite")
-        again = f"`uniclip-train replay {folder}` runs the step again"
         if t.skipped > self._budget:
             raise WorkFailed(f"{what}, the {t.skipped}. such step, more than optim.skips = {self._budget}; weights are as of "
-                             f"the step before; {again}; lower optim.lr or use run.precision=fp32")
+                             f"the step before; {again}; resume with --set optim.skips=…, or start anew with a lower optim.lr or "
+                             "run.precision=fp32")
         if t.ranks.rank == 0:
             say(f"left out an update: {what} ({t.skipped} of at most {self._budget}); {again}")
+
+
+def _keep(folder: Path, config: Config, t: Training, batch: Batch) -> None:
+    """Write the step, and remove older ones; nothing of it stays where a rank cannot. Raises WorkFailed on all ranks."""
+    taken, told = snapshot(config, t, 0.0, with_optimizer=False), _told(batch, keep_views=config.data.index is None)
+    kept = [taken.tensors.weights, taken.tensors.average or {}, taken.tensors.memory, *[told] * t.ranks.world]
+    needed = sum(x.nbytes for tensors in kept for x in tensors.values())
+    cure = f"a step needs {needed / 2**20:,.1f} MiB, make room there"
+    try:
+        with t.ranks.agreeing(), checkpoint.writing(folder, cure):
+            if t.ranks.rank == 0:
+                checkpoint.write(folder, taken)
+                for old in sorted(path for path in folder.parent.iterdir() if path != folder)[:1 - KEPT]:
+                    shutil.rmtree(old)
+        with t.ranks.agreeing(), checkpoint.writing(folder, cure):
+            save_file(told, folder / f"rank{t.ranks.rank}.safetensors")
+    except WorkFailed:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _told(batch: Batch, keep_views: bool) -> dict[str, Tensor]:

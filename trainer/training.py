@@ -137,10 +137,10 @@ def _assemble(config: Config, data: Indexed | Stream, tokenizer: CaptionTokenize
     return Training(model, step, optimizer, average, tokenizer, data, recipe, cursor, ranks, device, notes)
 
 
-def snapshot(config: Config, t: Training, seconds: float) -> checkpoint.Snapshot:
+def snapshot(config: Config, t: Training, seconds: float, with_optimizer: bool = True) -> checkpoint.Snapshot:
     """A copy of all that a checkpoint holds, on the CPU: the run may go on. All ranks must call it when sharded."""
     weights = {name: _copy(x) for name, x in t.model.state_dict().items()}
-    optimizer = _copies(get_optimizer_state_dict(t.model, t.optimizer)) if t.optimizer.state else {}
+    optimizer = _copies(get_optimizer_state_dict(t.model, t.optimizer)) if with_optimizer and t.optimizer.state else {}
     memory = {name: _copy(x) for name, x in t.model.named_buffers() if name.startswith("auxiliary.")}
     average = {name: _copy(x) for name, x in t.average.weights.items()} if t.average else None
     tensors = checkpoint.Tensors(weights, optimizer, average, torch.get_rng_state(), memory)
