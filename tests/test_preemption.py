@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -136,6 +137,20 @@ def test_a_mirror_holds_whole_checkpoints_and_a_run_goes_on_from_it(scenes, tmp_
         Mirror("memory://nothing").fetch(tmp_path / "x")
     with pytest.raises(InputError, match="run.mirror"):
         Mirror("nosuch://bucket")
+
+
+def test_a_mirror_that_cannot_be_read_is_one_clear_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    torn = tmp_path / "torn" / "checkpoints"
+    torn.mkdir(parents=True)
+    (torn / "latest").write_text("000000000096")  # and no such checkpoint
+    for url in (f"ftp://127.0.0.1:{port}/run", f"file://{tmp_path}/torn"):
+        done = command("uniclip-train", "resume", url)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert f"run.mirror {url} cannot be read (" in done.stderr and "check the URL" in done.stderr
+    with pytest.raises(InputError, match=f"run.mirror file://{tmp_path}/torn cannot be read .FileNotFoundError"):
+        Mirror(f"file://{tmp_path}/torn").fetch(tmp_path / "run")
 
 
 def test_a_mirror_that_cannot_be_written_ends_the_run_with_one_line(scenes, tmp_path):

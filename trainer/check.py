@@ -8,7 +8,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from fsspec.core import url_to_fs
 
 from pipeline.loader import Indexed, group_ids
 from pipeline.order import Order
@@ -21,6 +20,7 @@ from trainer import checkpoint
 from trainer.config import Config, OptimConfig, RunConfig
 from trainer.flops import PEAKS
 from trainer.memory import Sizes, available, sizes_of
+from trainer.mirror import Mirror
 from trainer.training import make_tokenizer, open_data, pick_device
 from trainer.trial import trial
 from trainer.verdict import Verdict, judged, tried
@@ -121,14 +121,8 @@ def _disk(run: RunConfig, size: int) -> Iterator[Verdict]:
 
 
 def _mirror(url: str) -> Iterator[Verdict]:
-    files, root = url_to_fs(url)
-    try:
-        files.ls(root)
-        yield Verdict("mirror", f"{url} answers")
-    except FileNotFoundError:
-        yield Verdict("mirror", f"{url} answers, nothing is there yet")
-    except Exception as error:  # each filesystem raises its own
-        yield Verdict("mirror", f"{url}: {type(error).__name__}: {error}", "bad", "check run.mirror, its server and its keys")
+    yield judged("mirror", f"{url} answers", (bool(Mirror(url).newest()), "warn",
+                                              f"it holds a run: `uniclip-train resume {url}`, or set run.mirror"))
 
 
 def _data(config: Config, opened: list[Indexed | Stream]) -> Iterator[Verdict]:

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -27,11 +28,10 @@ class Mirror:
     """RUN/checkpoints and the logs at `url`. `state.json` of a checkpoint goes last, then `latest`: objects are put whole."""
 
     def __init__(self, url: str):
-        try:
+        self.url = url
+        with self._reading():
             self._fs, root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"run.mirror = {url}: {error}") from None
-        self.url, self._root = url, root.rstrip("/")
+        self._root = root.rstrip("/")
 
     def copy(self, folder: Path, keep: int) -> None:
         """A finished checkpoint of this machine → its copy; the `keep` newest stay. Raises WorkFailed."""
@@ -50,32 +50,53 @@ class Mirror:
             raise WorkFailed(f"run.mirror {self.url} did not take {folder.name} ({error}); the checkpoint in {folder} is "
                              "whole") from error
 
+    @contextmanager
+    def _reading(self) -> Generator[None]:
+        """What goes wrong in here is an InputError that names the URL."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # each filesystem raises its own
+            raise InputError(f"run.mirror {self.url} cannot be read ({type(error).__name__}: {error}): check the URL, its "
+                             "server and its keys, and whether there is room here") from error
+
+    def newest(self) -> str:
+        """The name of the newest copied checkpoint, "" where there is none. Raises InputError."""
+        with self._reading():
+            self._fs.invalidate_cache()
+            try:
+                return self._fs.cat_file(f"{self._root}/checkpoints/{LATEST}").decode()
+            except (FileNotFoundError, NotADirectoryError):
+                return ""
+
     def refuse_another(self) -> None:
         """For a run at its beginning. Raises InputError when a run's copy is there."""
-        if self._fs.exists(f"{self._root}/checkpoints/{LATEST}"):
+        if self.newest():
             raise InputError(f"run.mirror = {self.url} already holds a run: go on with `uniclip-train resume {self.url}`, or "
                              "choose another with --set run.mirror=…")
 
     def config(self) -> Config:
         """The configuration of the run whose copy this is. Raises InputError."""
-        with tempfile.NamedTemporaryFile(suffix=".toml") as file:
+        with tempfile.NamedTemporaryFile(suffix=".toml") as file, self._reading():
             Path(file.name).write_bytes(self._fs.cat_file(f"{self._root}/checkpoints/{self._latest()}/{CONFIG}"))
             return load_config(file.name)
 
     def _latest(self) -> str:
-        pointer = f"{self._root}/checkpoints/{LATEST}"
-        self._fs.invalidate_cache()
-        if not self._fs.exists(pointer):
-            raise InputError(f"{self.url} holds no checkpoint (no checkpoints/{LATEST}): give what run.mirror named")
-        return self._fs.cat_file(pointer).decode()
+        if name := self.newest():
+            return name
+        raise InputError(f"{self.url} holds no checkpoint (no checkpoints/{LATEST}): give what run.mirror named")
 
     def fetch(self, run: Path) -> None:
         """The latest copied checkpoint and the logs → the folder `run`, which may hold older ones. Raises InputError."""
-        name, here = self._latest(), run / "checkpoints" / LATEST
+        with self._reading():
+            self._fetch(run, self._latest())
+
+    def _fetch(self, run: Path, name: str) -> None:
+        here, folder = run / "checkpoints" / LATEST, run / "checkpoints" / name
         if here.is_file() and here.read_text() > name:
             raise InputError(f"{run} stands at {here.read_text()} samples, {self.url} only at {name}: go on with "
                              f"`uniclip-train resume {run}`, or give another --folder")
-        folder = run / "checkpoints" / name
         folder.mkdir(parents=True, exist_ok=True)
         source = f"{self._root}/checkpoints/{name}"
         for path in sorted(self._fs.ls(source, detail=False), key=lambda path: path.endswith(STATE)):

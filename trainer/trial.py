@@ -157,7 +157,8 @@ def fit_one_batch(config: Config, t: Training, batch: Batch) -> Fit:
 def trial(config: Config, ranks: int) -> Iterator[Verdict]:
     """Start the run without its folder, read what it reads, train for a moment. Raises what a run raises."""
     with tempfile.TemporaryDirectory() as folder:
-        training = start(config.model_copy(update={"run": config.run.model_copy(update={"folder": Path(folder, "run")})}))
+        run = config.run.model_copy(update={"folder": Path(folder, "run"), "mirror": ""})
+        training = start(config.model_copy(update={"run": run}))
         yield from (Verdict("init", note) for note in training.notes)
         found, batch = pace(config, training, ranks, Path(folder))
         yield _images(found, config.data.bad_sample_budget)
