@@ -40,8 +40,10 @@ def sources() -> str:
 
 def commit() -> str:
     """Git's name for it, as far as there is one."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "no repository"
+    with suppress(OSError, subprocess.CalledProcessError):  # a copy without its repository, or without git
+        words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return "no repository"
 
 
 def versions() -> dict[str, str]:

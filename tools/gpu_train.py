@@ -22,7 +22,7 @@ from trainer import checkpoint
 from trainer.batches import without_padding
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.distributed import chunks, forward_backward
+from trainer.accumulation import chunks, forward_backward
 from trainer.flops import peak_flops
 from trainer.log import METRICS
 from trainer.objectives import Objective
@@ -85,14 +85,11 @@ def step(folder: Path, device: str, preset: str, batch: int, steps: int = 40, tu
             "ratio": middle["compiled"]["tflops"] / middle["eager"]["tflops"], "batch": batch, "ways": middle}
 
 
-def waiting(folder: Path, device: str, groups: dict[str, int], steps: int = 40, files: int = FILES, compiled: bool = True,
-            more: dict | None = None) -> dict:
+def waiting(folder: Path, device: str, preset: str, batch: int, steps: int = 40, files: int = FILES, compiled: bool = True,
+            more: dict | None = None) -> dict[str, float]:
     """Share of its time that the loop waits for views that DALI makes beside it, three of each sample."""
-    photos = photographs(folder, files)
-    runs = {preset: apart(rates, preset, folder / f"{preset}-waiting", photos, device, batch, steps,
-                          {"run.compile": compiled, "data.executor": "dali", **(more or {})}, False)
-            for preset, batch in groups.items()}
-    return {"data_wait": max(run["data_wait"] for run in runs.values()), "runs": runs}
+    changed = {"run.compile": compiled, "data.executor": "dali", **(more or {})}
+    return apart(rates, preset, folder / f"{preset}-waiting", photographs(folder, files), device, batch, steps, changed, False)
 
 
 def open_clip(folder: Path, device: str, model: str, batch: int, resident: bool = True, compiled: bool = False,
