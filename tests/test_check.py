@@ -167,11 +167,13 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from pipeline.schema import Batch
+from trainer.accumulation import chunks, forward_backward
 from trainer.checkpoint import make_model
 from trainer.config_file import load_config
-from trainer.distributed import ALONE, Step, chunks, forward_backward
+from trainer.distributed import ALONE
 from trainer.objectives import Objective
 from trainer.optim import make_optimizer
+from trainer.parallel import Step
 
 torch.set_num_threads(1)
 config = load_config("scenes-tiny", sys.argv[1:])

@@ -20,8 +20,10 @@ from worlds import FORKSERVER, World, share
 
 from pipeline.console import InputError, WorkFailed
 from pipeline.ledger import Ledger
-from trainer.distributed import ALONE, Ranks, Step, chunks, forward_backward, parallel, process_group
+from trainer.accumulation import chunks, forward_backward
+from trainer.distributed import ALONE, Ranks, process_group
 from trainer.losses import LOSSES
+from trainer.parallel import Step, parallel
 from trainer.similarity import Similarity
 from trainer.tiles import tiled_loss
 

@@ -15,11 +15,13 @@ from worlds import World, share
 from pipeline.console import InputError
 from pipeline.schema import Batch
 from tools.paper_rows import FULL, ROWS
+from trainer.accumulation import chunks, forward_backward
 from trainer.auxiliary import GlobalBatchNorm, Queue
 from trainer.config_file import load_config
-from trainer.distributed import ALONE, Ranks, Step, chunks, forward_backward, parallel
+from trainer.distributed import ALONE, Ranks
 from trainer.model import UniCLIP
 from trainer.objectives import OBJECTIVES, Given, Objective, masked_words, neighbour, nt_xent, simsiam
+from trainer.parallel import Step, parallel
 
 DOUBLE, VOCAB, END, LENGTH = torch.float64, 40, 2, 9
 SMALL = ["objective.hidden=24", "objective.queue=10", *(f"{key}={value}" for key, value in TINY.items())]

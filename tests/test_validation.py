@@ -21,10 +21,11 @@ from pipeline.index import Index
 from pipeline.loader import Indexed, Loader
 from pipeline.recipe import Cursor
 from trainer.config_file import load_config
-from trainer.distributed import Ranks, Step
+from trainer.distributed import Ranks
 from trainer.log import Log
 from trainer.losses import LOSSES
 from trainer.orders import Orders
+from trainer.parallel import Step
 from trainer.train import train
 from trainer.training import Training, restored, start
 from trainer.validation import Examined, Validation

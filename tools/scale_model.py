@@ -16,8 +16,8 @@ from pipeline.console import InputError
 from pipeline.schema import VECTOR_SIZE
 from tools.scale_machine import Machine
 from trainer.config import Config
-from trainer.distributed import Step
 from trainer.memory import Sizes, _outline, loss_bytes, sizes_of
+from trainer.parallel import Step
 
 BUCKET, FIRST_BUCKET = 25 * 2**20, 2**20  # DDP's
 UPDATE_BYTES = 40  # of a weight: AdamW reads four numbers and writes three, clipping reads a gradient twice and writes it

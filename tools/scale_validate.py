@@ -23,11 +23,13 @@ from torch import nn
 from pipeline.schema import VECTOR_SIZE
 from tools.scale_machine import Machine
 from tools.scale_model import Prediction, Work, predict, resized
+from trainer.accumulation import chunks, forward_backward
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.distributed import Ranks, Step, chunks, forward_backward, parallel
+from trainer.distributed import Ranks
 from trainer.model import UniCLIP
 from trainer.optim import make_optimizer
+from trainer.parallel import Step, parallel
 from trainer.tiles import tiled_loss
 
 WORLDS, BATCH, CALIBRATING = (1, 2, 4), 128, (16, 64)

@@ -1,33 +1,26 @@
-"""The only file that knows ranks: the process group, what crosses the wire, DDP and its scale, accumulation.
+"""Ranks: the process group and what crosses the wire.
 
 A global batch of N groups over W ranks: rank r holds groups ⌊rN/W⌋ … ⌊(r+1)N/W⌋, in P = ⌈N/W⌉ slots on the wire. B groups
-on this rank, V views, T texts, D embedding.
+on this rank.
 """
 
 import os
 import time
-import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from pipeline.console import InputError, WorkFailed
 from trainer.heartbeat import Heartbeat
 from trainer.losses import NoValidGroup
 
 POLL = 0.1  # seconds
-Embeddings = tuple[Tensor, ...]  # image (B, V, D), text (B, T, D), more of each group, temperature (3,), offset (3,)
 
 
 @dataclass(frozen=True)
@@ -155,23 +148,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, put together from all ranks where it is sharded: a collective, then, which all ranks must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, known to every rank, on the device of `like` and split as it is."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor.to(like.device)
-
-
 @contextmanager
 def process_group(batch: int, device: str, timeout_minutes: float = 10,
                   cure: str = "the last checkpoint is whole: start again with `resume`") -> Generator[tuple[Ranks, str]]:
@@ -207,150 +183,3 @@ def process_group(batch: int, device: str, timeout_minutes: float = 10,
 
 def _of_communication(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
-
-
-HEADS = "model.auxiliary."  # names in a Step
-
-
-class Step(nn.Module):
-    """All that a step computes with parameters, in one forward as DDP wants it: `model(...)` and `model.similarity()`."""
-
-    def __init__(self, model: nn.Module, bf16: bool = False):
-        super().__init__()
-        self.model, self.bf16 = model, bf16
-
-    def forward(self, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> Embeddings:
-        """→ image (B, V, D), text (B, T, D), what auxiliary heads need of each group, temperature (3,), offset (3,)."""
-        with torch.autocast(vector_BVA.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self.model(views, vector_BVA, token_BTL)
-        return *outputs, *self.model.get_submodule("similarity")()
-
-
-def parallel(step: Step, ranks: Ranks, device: str, sharding: str = "none") -> nn.Module:
-    """`step`, whose gradients are averaged over ranks; with "fsdp" its parameters are split over them, one block at a time.
-
-    On CPUs DDP looks for unused parameters only because it then keeps its buckets as they are: rebuilt after the first
-    step, they would add in another order than the run that resumes there. Auxiliary heads work on the whole batch, outside
-    of DDP's forward: `forward_backward` averages their gradients.
-    """
-    if ranks.world == 1:
-        return step
-    if sharding == "fsdp":
-        mesh = init_device_mesh(torch.device(device).type, (ranks.world,))
-        for block in step.model.get_submodule("image.vit.blocks"), step.model.get_submodule("text.blocks"):
-            for layer in block.children():
-                fully_shard(layer, mesh=mesh)
-        fully_shard(step.model.get_submodule("similarity"), mesh=mesh)  # called beside the model's forward
-        fully_shard(step.model, mesh=mesh)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here writes into it
-        for method in ("encode_image", "encode_text", "image_features"):
-            register_fsdp_forward_method(step.model, method)
-        return step
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is not in torch 2.11
-    heads = [name for name, _ in step.named_parameters() if name.startswith(HEADS)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, heads)
-    gpu = [torch.device(device)] if device.startswith("cuda") else None
-    return DistributedDataParallel(step, gpu, broadcast_buffers=False, find_unused_parameters=gpu is None)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Within, the model neither trains nor keeps gradients nor runs compiled; afterwards it is as it was.
-
-    What was put together of sharded weights is let go: they may have been exchanged for the while.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        if isinstance(model, FSDPModule):
-            model.reshard()
-
-
-@contextmanager
-def _unsynchronised(step: nn.Module) -> Generator[None]:
-    """Backward passes in here leave each rank's gradient where it is."""
-    if isinstance(step, DistributedDataParallel):
-        with step.no_sync():
-            yield
-    elif isinstance(sharded := getattr(step, "model", None), FSDPModule):
-        sharded.set_requires_gradient_sync(False)
-        yield
-        sharded.set_requires_gradient_sync(True)
-    else:
-        yield
-
-
-def chunks(count: int, views: list[Tensor], vector_BVA: Tensor, token_BTL: Tensor) -> list[tuple]:
-    """A rank's groups as the arguments of `count` consecutive forwards; fewer where there are fewer groups.
-
-    With sharded weights every rank must make as many: ask for no more than the smallest share of a batch.
-    """
-    groups = len(vector_BVA)
-    count = max(1, min(count, groups))
-    parts = [slice(n * groups // count, (n + 1) * groups // count) for n in range(count)]
-    return [([view[part] for view in views], vector_BVA[part], token_BTL[part]) for part in parts]
-
-
-def forward_backward(step: nn.Module, parts: Sequence[tuple], loss_of: Callable[..., Tensor], ranks: Ranks = ALONE
-                     ) -> Tensor:
-    """The loss of all parts together; gradients are left in the parameters, averaged by DDP where `step` is wrapped.
-
-    step(*part) → Embeddings; loss_of(*Embeddings) → the global loss. With several parts only one at a time has a graph:
-    first every embedding without one, then the loss, then each part again, under the random state of its first time.
-    """
-    if len(parts) == 1:
-        loss = loss_of(*step(*parts[0]))
-        ranks.for_averaging(loss).backward()
-        _average_heads(step, ranks)
-        return loss.detach()
-    states, outputs = [], []
-    with torch.no_grad():
-        for part in parts:
-            states.append(_random_state())
-            outputs.append(step(*part))
-    *of_groups, temperatures, offsets = zip(*outputs, strict=True)
-    inputs = [x.detach().requires_grad_() for x in (*map(torch.cat, of_groups), temperatures[0], offsets[0])]
-    loss = loss_of(*inputs)
-    ranks.for_averaging(loss).backward()
-    *whole_B, of_temperature, of_offset = (torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)
-    of_similarity, sizes = (of_temperature, of_offset), [len(x) for x in of_groups[0]]
-    pieces = list(zip(parts, states, *(x_B.split(sizes) for x_B in whole_B), strict=True))
-    for n, (part, state, *gradients) in enumerate(pieces):
-        last = n == len(pieces) - 1
-        _set_random_state(state)
-        # DDP reduces with the last part. τ and b are in every part, but their gradient is the whole loss's: it counts once.
-        with nullcontext() if last else _unsynchronised(step):
-            _backward(step(*part), [*gradients, *of_similarity] if last else gradients)
-    _average_heads(step, ranks)
-    return loss.detach()
-
-
-def _average_heads(step: nn.Module, ranks: Ranks) -> None:
-    """What DDP does for all other parameters. One collective where there are auxiliary heads."""
-    module = step.module if isinstance(step, DistributedDataParallel) else step
-    gradients = [p.grad for name, p in module.named_parameters() if name.startswith(HEADS) and p.grad is not None]
-    if ranks.world > 1 and gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(averaged.view_as(gradient) / ranks.world)
-
-
-def _backward(outputs: Embeddings, gradients: list[Tensor]) -> None:
-    wanted = [(x, g) for x, g in zip(outputs, gradients, strict=False) if x.requires_grad]
-    torch.autograd.backward([x for x, _ in wanted], [g for _, g in wanted])
-
-
-def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from pipeline.console import InputError, WorkFailed, say
 from pipeline.schema import Batch
 from trainer import checkpoint
+from trainer.accumulation import chunks, forward_backward
 from trainer.batches import without_padding
 from trainer.config import Config
-from trainer.distributed import chunks, forward_backward, process_group
+from trainer.distributed import process_group
 from trainer.objectives import Objective
 from trainer.training import Training, pick_device, restored, snapshot
 
@@ -43,8 +44,8 @@ class Skips:
                 f"finite")
         if t.skipped > self._budget:
             raise WorkFailed(f"{what}, the {t.skipped}. such step, more than optim.skips = {self._budget}; weights are as of "
-                             f"the step before; {again}; resume with --set optim.skips=…, or start anew with a lower optim.lr or "
-                             "run.precision=fp32")
+                             f"the step before; {again}; resume with --set optim.skips=…, or start anew with a lower optim.lr "
+                             "or run.precision=fp32")
         if t.ranks.rank == 0:
             say(f"left out an update: {what} ({t.skipped} of at most {self._budget}); {again}")
 

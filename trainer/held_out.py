@@ -17,9 +17,11 @@ from pipeline.plan import Plan, rows_of
 from pipeline.reader import Place
 from pipeline.recipe import Cursor
 from pipeline.schema import Batch
+from trainer.accumulation import chunks
 from trainer.config import Config
-from trainer.distributed import Ranks, Step, chunks
+from trainer.distributed import Ranks
 from trainer.objectives import Objective
+from trainer.parallel import Step
 from trainer.training import Training
 
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map_only
 from pipeline.prefetch import PREFETCHED_BATCHES
 from pipeline.schema import VECTOR_SIZE
 from trainer.config import Config
-from trainer.distributed import Step
 from trainer.flops import flops_per_sample
 from trainer.model import UniCLIP
+from trainer.parallel import Step
 from trainer.tiles import TILE
 
 CLIP_VOCABULARY = 49_408

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import OptimConfig
-from trainer.distributed import local, sharded_like
+from trainer.parallel import local, sharded_like
 
 _BLOCK = re.compile(r"^(image\.vit|text)\.blocks\.(\d+)\.")
 _TOWER = re.compile(r"^(image\.vit|text)\.")

@@ -14,10 +14,11 @@ from pipeline.console import InputError, WorkFailed, say
 from pipeline.files import replacing
 from pipeline.ledger import Ledger
 from trainer import checkpoint
+from trainer.accumulation import chunks, forward_backward
 from trainer.batches import without_padding
 from trainer.config import Config
 from trainer.config_file import changed
-from trainer.distributed import chunks, forward_backward, process_group, whole
+from trainer.distributed import process_group
 from trainer.failures import Skips
 from trainer.flops import flops_by_length, peak_flops
 from trainer.log import LEDGER, Log
@@ -26,6 +27,7 @@ from trainer.mirror import Mirror
 from trainer.objectives import Objective
 from trainer.optim import learning_rate, set_rate
 from trainer.orders import Orders, Stopped
+from trainer.parallel import whole
 from trainer.training import Training, pick_device, restored, snapshot, start
 from trainer.validation import Validation
 

@@ -23,11 +23,12 @@ from pipeline.text import CaptionTokenizer
 from pipeline.wording import Wording
 from trainer import checkpoint
 from trainer.config import Config, DataConfig, TextConfig
-from trainer.distributed import ALONE, Ranks, Step, parallel, whole
+from trainer.distributed import ALONE, Ranks
 from trainer.initialise import freeze, initialise
 from trainer.mirror import Mirror
 from trainer.model import UniCLIP
 from trainer.optim import Average, make_optimizer
+from trainer.parallel import Step, parallel, whole
 from trainer.pretrained import taken_tokenizer
 
 

@@ -15,9 +15,10 @@ from torch import nn
 from pipeline.ledger import Ledger
 from pipeline.progress import clock
 from pipeline.schema import Batch
+from trainer.accumulation import chunks, forward_backward
 from trainer.batches import without_padding
 from trainer.config import Config, OptimConfig
-from trainer.distributed import ALONE, chunks, forward_backward
+from trainer.distributed import ALONE
 from trainer.objectives import Objective
 from trainer.optim import set_rate
 from trainer.training import Training, start

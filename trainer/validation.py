@@ -24,11 +24,12 @@ from pipeline.images import Undecodable
 from pipeline.replay import eval_view
 from trainer.batches import batched, filled, text_batches
 from trainer.config import Config, EvalConfig
-from trainer.distributed import Ranks, evaluating
+from trainer.distributed import Ranks
 from trainer.held_out import HeldOut
 from trainer.log import METRICS, Log
 from trainer.metrics import ensembled, ranks, recall_at, retrieval_recalls
 from trainer.orders import Orders
+from trainer.parallel import evaluating
 from trainer.training import Training
 
 PREFIX = "eval/"
