@@ -1,7 +1,8 @@
 """tools.scale against this CPU: constants measured on one process and on two, steps of 1, 2 and 4 predicted and measured.
 
 Processes of one thread share the cores, gloo stands in for NCCL. Everything is measured in turn, round after round, and
-medians are taken: other work on the machine slows all alike.
+medians are taken: other work on the machine slows all alike. Beside the time on the wall, which ranks and other work share,
+stands the processor time of a process, which they hardly touch.
 """
 
 import multiprocessing
@@ -11,10 +12,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 import torch.distributed as dist
@@ -90,10 +92,10 @@ def _serve(config: Config, rank: int, world: int, store: str, orders: Connection
     while (order := orders.recv()) is not None:
         name, argument = order
         _barrier(world)
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         getattr(one, name)(argument)
         _barrier(world)
-        orders.send(time.perf_counter() - begun)
+        orders.send((time.perf_counter() - begun, time.process_time() - worked))
     if world > 1:
         dist.destroy_process_group()
 
@@ -111,11 +113,12 @@ class World:
         for process in self._processes:
             process.start()
 
-    def seconds(self, name: str, argument: int) -> float:
-        """Of the slowest."""
+    def seconds(self, name: str, argument: int) -> tuple[float, float]:
+        """On the wall, of the slowest; of a processor, on average."""
         for pipe in self._pipes:
             pipe.send((name, argument))
-        return max(pipe.recv() for pipe in self._pipes)
+        walls, works = zip(*(pipe.recv() for pipe in self._pipes), strict=True)
+        return max(walls), mean(works)
 
     def close(self) -> None:
         """End them."""
@@ -126,8 +129,8 @@ class World:
             process.kill()
 
 
-def medians(config: Config, rounds: int, batch: int = BATCH) -> dict[str, float]:
-    """Seconds of everything that is measured, in turn, after a first round."""
+def medians(config: Config, rounds: int, batch: int = BATCH) -> list[dict[str, float]]:
+    """Seconds on the wall and of a processor of everything that is measured, in turn, after a first round."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # DDP's word on parameters that it need not look for
@@ -136,63 +139,76 @@ def medians(config: Config, rounds: int, batch: int = BATCH) -> dict[str, float]
         worlds = {count: World(config, count, Path(folder)) for count in WORLDS}
         for world in worlds.values():
             stack.callback(world.close)
-        asked: dict[str, Callable[[], float]] = {
+        asked: dict[str, Callable[[], tuple[float, float]]] = {
             "loss": partial(worlds[1].seconds, "loss", LOSS_BATCH),
             "small": partial(worlds[2].seconds, "reduce", SMALL), "large": partial(worlds[2].seconds, "reduce", size)}
         asked |= {f"batch {n}": partial(worlds[1].seconds, "step", n) for n in CALIBRATING}
         asked |= {f"matmul {n}": partial(worlds[n].seconds, "matmul", MATMUL) for n in (1, 4)}
         asked |= {f"ranks {n}": partial(worlds[n].seconds, "step", batch) for n in WORLDS}
-        times: dict[str, list[float]] = {name: [] for name in asked}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in asked}
         for _ in range(rounds + 1):
             for name, work in asked.items():
                 times[name].append(work())
-    return {name: median(values[1:]) for name, values in times.items()}
+    return [{name: median(value[n] for value in values[1:]) for name, values in times.items()} for n in (0, 1)]
 
 
-def machine_of(config: Config, work: Work, seconds: dict[str, float]) -> Machine:
+def machine_of(work: Work, seconds: dict[str, float], crowded: bool) -> Machine:
     """Constants from one process at two small batches, from a sum over two, and from matmuls in one and in four at once.
 
-    The last say how many cores there are: other work on the machine takes its part of them.
+    Where ranks are crowded the last say how many cores there are: other work on the machine takes its part of them.
     """
     low, high = CALIBRATING
     loss = 4 * (work.members * LOSS_BATCH) ** 2 * work.dim / seconds["loss"]
     small, large = (seconds[f"batch {n}"] - 4 * (work.members * n) ** 2 * work.dim / loss for n in CALIBRATING)
     sample = (large - small) / (high - low)
     cores = min(max(4 * seconds["matmul 1"] / seconds["matmul 4"], 1), len(os.sched_getaffinity(0)))
-    two, nothing = max(1.0, 2 / cores), 1e-12
+    two, nothing = max(1.0, 2 / cores) if crowded else 1.0, 1e-12
     return Machine(towers=work.tower_flops / sample, loss=loss, host=max(small - low * sample, nothing), launch=nothing,
                    nvlink=two * 4 * work.trainable / max(seconds["large"] - seconds["small"], nothing),
-                   nvlink_hop=seconds["small"] / 2 / two, overlap=0, cores=cores,
+                   nvlink_hop=seconds["small"] / 2 / two, overlap=0, cores=cores if crowded else 0,
                    memory_bandwidth=1 / nothing, decode=1 / nothing, storage=1 / nothing)
 
 
-def validate(rounds: int = 15, batch: int = BATCH, settings: tuple[str, ...] = ()
-             ) -> tuple[Machine, dict[str, float], list[Prediction]]:
-    """Constants, medians, and a prediction for each of WORLDS."""
-    config = load_config("scenes-tiny", ["run.device=cpu", "model.text.vocabulary=train", *settings])
-    work, seconds = Work(resized(config, batch)), medians(config, rounds, batch)
-    machine = machine_of(config, work, seconds)
-    return machine, seconds, [predict(work, machine, ranks, batch) for ranks in WORLDS]
+@dataclass(frozen=True)
+class Compared:
+    """Constants and medians, and a prediction for each of WORLDS."""
+
+    machine: Machine
+    seconds: dict[str, float]
+    predictions: list[Prediction]
+
+    def ratio(self, one: Prediction) -> float:
+        """Measured / predicted."""
+        return self.seconds[f"ranks {one.ranks}"] / one.step
+
+
+def validate(rounds: int = 15, batch: int = BATCH) -> list[Compared]:
+    """On the wall, and of a processor."""
+    config = load_config("scenes-tiny", ["run.device=cpu", "model.text.vocabulary=train"])
+    work, found = Work(resized(config, batch)), []
+    for seconds, crowded in zip(medians(config, rounds, batch), (True, False), strict=True):
+        machine = machine_of(work, seconds, crowded)
+        found.append(Compared(machine, seconds, [predict(work, machine, ranks, batch) for ranks in WORLDS]))
+    return found
 
 
 def report(rounds: int = 15, batch: int = BATCH) -> str:
     """A table."""
     load = os.getloadavg()[0]
-    machine, seconds, predictions = validate(rounds, batch)
+    wall, processor = validate(rounds, batch)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).partition(":")[2]
-    rate = 2 * MATMULS * MATMUL**3 / seconds["matmul 1"]
     lines = [f"scenes-tiny, batch {batch}, fp32, gloo, processes of one thread on {os.cpu_count()} cores of {model.strip()}, "
-             f"{machine.cores:.1f} of them free, load {load:.1f}, commit {commit}; medians of {rounds} turns",
-             f"matmul {rate / 1e9:.0f} GFLOP/s; towers {machine.towers / 1e9:.0f}, loss {machine.loss / 1e9:.0f}; all-reduce "
-             f"{machine.nvlink / 1e9:.2f} GB/s, {1e6 * machine.nvlink_hop:.0f} µs a hop; "
-             f"{1e3 * machine.host:.0f} ms of every step", "",
-             "| processes | predicted ms | measured ms | measured / predicted | towers | host | loss | gather | gradients |",
-             "|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
-    for one in predictions:
-        took = seconds[f"ranks {one.ranks}"]
-        cells = [f"{1e3 * one.terms[term]:.1f}" for term in ("towers", "host", "loss", "gather", "gradients")]
-        lines.append(f"| {one.ranks} | {1e3 * one.step:.0f} | {1e3 * took:.0f} | {took / one.step:.2f} | {' | '.join(cells)} |")
+             f"{wall.machine.cores:.1f} of them free, load {load:.1f}, commit {commit}; medians of {rounds} turns", ""]
+    for name, of in (("wall", wall), ("processor", processor)):
+        rate = 2 * MATMULS * MATMUL**3 / of.seconds["matmul 1"]
+        lines.append(f"{name}: matmul {rate / 1e9:.0f} GFLOP/s; towers {of.machine.towers / 1e9:.0f}, loss "
+                     f"{of.machine.loss / 1e9:.0f}; all-reduce {of.machine.nvlink / 1e9:.1f} GB/s, "
+                     f"{1e6 * of.machine.nvlink_hop:.0f} µs a hop; {1e3 * of.machine.host:.0f} ms of every step  ")
+    lines += ["", "| processes | wall ms, predicted | measured | ratio | processor ms of each, predicted | measured | ratio |",
+              "|---:|---:|---:|---:|---:|---:|---:|"]
+    for pair in zip(wall.predictions, processor.predictions, strict=True):
+        cells = [f"{1e3 * one.step:.0f} | {1e3 * of.seconds[f'ranks {one.ranks}']:.0f} | {of.ratio(one):.2f}"
+                 for of, one in zip((wall, processor), pair, strict=True)]
+        lines.append(f"| {pair[0].ranks} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
