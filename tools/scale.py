@@ -90,28 +90,38 @@ def constants(known: Known) -> str:
                      for one in known.rows())
 
 
+def _length(days: float) -> str:
+    """For people."""
+    minutes = days * 1440
+    return f"{days:,.1f} days" if days >= 2 else f"{minutes / 60:.1f} h" if minutes >= 120 else f"{minutes:.0f} min"
+
+
 def plot(title: str, rows: list[dict[str, Any]], path: Path) -> None:
-    """A step's terms as shares, and days, over the number of GPUs."""
+    """Shares of a step's terms, and days, over the number of GPUs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
     names, below = [f"{one['gpus']:,}" for one in rows], [0.0] * len(rows)
     for term in rows[0]["terms"]:
-        heights = [1e3 * one["terms"][term] for one in rows]
-        left.bar(names, heights, bottom=below, label=term, color=f"C{list(rows[0]['terms']).index(term)}")
+        heights = [100 * one["terms"][term] / one["step_seconds"] for one in rows]
+        if max(heights) >= 0.1:
+            left.bar(names, heights, bottom=below, label=term, width=0.6)
         below = [low + height for low, height in zip(below, heights, strict=True)]
-    for name, top, one in zip(names, below, rows, strict=True):
-        left.annotate(f"batch {one['batch']:,}\nMFU {one['mfu']:.0%}", (name, top), ha="center", va="bottom", fontsize=8)
-    left.set(xlabel="GPUs", ylabel="ms of a step", title=title)
-    left.margins(y=0.15)
-    left.legend(fontsize=8)
-    days = [one["days"] for one in rows]
-    right.loglog([one["gpus"] for one in rows], days, marker="o", label="modelled")
-    right.loglog([one["gpus"] for one in rows], [days[0] * rows[0]["gpus"] / one["gpus"] for one in rows], "--", color="gray",
-                 label="if more GPUs cost nothing")
-    right.set_xticks([one["gpus"] for one in rows], names)
+    for name, one in zip(names, rows, strict=True):
+        left.annotate(f"{1e3 * one['step_seconds']:,.0f} ms for {one['batch']:,}\nMFU {one['mfu']:.0%}", (name, 101),
+                      ha="center", va="bottom", fontsize=8)
+    left.set(xlabel="GPUs", ylabel="% of a step", title=f"{title}: a step", ylim=(0, 116))
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=len(rows[0]["terms"]))
+    counts, days = [one["gpus"] for one in rows], [one["days"] for one in rows]
+    right.loglog(counts, [days[0] * counts[0] / count for count in counts], "--", color="gray", label="if nothing were lost")
+    right.loglog(counts, days, marker="o", label="modelled")
+    for count, one in zip(counts, rows, strict=True):
+        right.annotate(f"{_length(one['days'])}\n{one['gpu_hours']:,.0f} GPU-hours", (count, one["days"]), fontsize=8,
+                       xytext=(6, 4), textcoords="offset points")
+    right.set_xticks(counts, names)
     right.minorticks_off()
+    right.margins(x=0.35, y=0.2)
     right.set(xlabel="GPUs", ylabel="days", title="the whole run")
     right.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

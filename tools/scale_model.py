@@ -211,7 +211,7 @@ def choose(work: Work, machine: Machine, ranks: int, most: int, batch: int = 0) 
     fitting = [one for one in every if one.memory <= machine.memory_share * machine.memory]
     if not fitting:
         raise InputError(f"a batch of {tried[0]:,} on {ranks} GPUs needs {every[0].memory / 2**30:,.0f} GiB of each, of "
-                         f"{machine.memory_share:.0%} of {machine.memory / 2**30:,.0f}: --set optim.accumulation=4, "
-                         "run.recompute=true or run.sharding=fsdp")
+                         f"{machine.memory_share:.0%} of {machine.memory / 2**30:,.0f}: --set a higher "
+                         "optim.accumulation, run.recompute=true or run.sharding=fsdp")
     enough = [one for one in fitting if one.rate >= GOOD_ENOUGH * max(other.rate for other in fitting)]
     return Choice(enough[-1], enough[0].batch, every[len(fitting)].batch if len(fitting) < len(every) else 0)
