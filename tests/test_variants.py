@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import command
-from runs import TINY, begin, losses, on_ranks, overrides, trace, weights
+from runs import begin, losses, on_ranks, overrides, trace, weights
 from safetensors.torch import load_file
 
 from trainer import checkpoint
@@ -115,16 +115,21 @@ def test_a_part_with_rate_zero_stays_and_the_rest_learns(scenes, tmp_path, plain
     assert not torch.equal(last["image.vit.cls_token"], first["image.vit.cls_token"])
 
 
-def test_flops_are_those_counted_by_hand(scenes, tmp_path):
-    model = start(load_config("scenes-tiny", overrides(scenes, tmp_path))).model
-    assert TINY["model.image.width"] == TINY["model.text.width"] == 32
-    patches, length, width, dim, batch = (24 // model.image.vit.patch_embed.patch_size[0]) ** 2, 0, 32, 16, 16
-    length = model.text.position.shape[0]
+@pytest.mark.parametrize("name, views, texts", [("uniclip", 3, 1), ("clip", 1, 1), ("slip", 3, 1), ("declip", 2, 3)])
+def test_flops_are_those_counted_by_hand(scenes, tmp_path, name, views, texts):
+    model = start(load_config("scenes-tiny", overrides(scenes, tmp_path, **{
+        "objective.name": name, "objective.hidden": 64, "model.head.augmentation_width": 48}))).model
+    patch, length = model.image.vit.patch_embed.patch_size[0], model.text.position.shape[0]
+    patches, width, dim, batch, seen = (24 // patch) ** 2, 32, 16, 16, 48
 
     def tower(tokens: int) -> int:
         return 2 * (2 * tokens * 12 * width ** 2 + 2 * 2 * tokens * tokens * width)  # two blocks, mlp of four widths
 
-    image = tower(patches + 1) + 2 * patches * width * 3 * model.image.vit.patch_embed.patch_size[0] ** 2
-    text, loss = tower(length) + 2 * width * dim, 2 * (3 + 1) ** 2 * batch * dim
-    assert flops_per_sample(model, 3, batch) == pytest.approx(3 * (3 * image + text + loss), rel=0.35)
-    assert flops_per_sample(model, 3, batch) > 3 * (3 * image + text + loss)  # heads and augmentation encoder are beside
+    image, text = tower(patches + 1) + 2 * patches * width * 3 * patch ** 2, tower(length)
+    head = {"uniclip": 2 * (11 * seen + 2 * seen ** 2 + 3 * ((width + seen) * width + width ** 2) + width * dim)}
+    words = 0.15 * length * 2 * width * model.text.token.num_embeddings
+    more = {"slip": 2 * 2 * (width * 64 + 64 * 64 + 64 * 256),
+            "declip": 2 * 2 * (width * 64 + 2 * 64 * 64 + 2 * 64 * 32) + words - 2 * width * dim}
+    loss = 2 * (views + 1) ** 2 * batch * dim
+    forward = views * (image + head.get(name, 2 * width * dim)) + texts * (text + 2 * width * dim) + more.get(name, 0) + loss
+    assert flops_per_sample(model, views, batch, texts) == pytest.approx(3 * forward, rel=0.001)

@@ -19,10 +19,10 @@ from tools.gpu_stream import photographs
 from tools.profiles import Ceilings, table, traced
 from tools.side_by_side import Resident, apart, random_batch, side_by_side, sizes_of
 from trainer import checkpoint
+from trainer.accumulation import chunks, forward_backward
 from trainer.batches import without_padding
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.accumulation import chunks, forward_backward
 from trainer.flops import peak_flops
 from trainer.log import METRICS
 from trainer.objectives import Objective
