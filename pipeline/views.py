@@ -8,7 +8,6 @@ keys and dies of one bad image; bytes come from our loader through `external_sou
 # DALI's stubs know neither its own types nor what `pipeline_def` does to a function.
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
 
-import ctypes
 import os
 
 import numpy as np
@@ -18,9 +17,6 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.sampling import BLUR_WINDOW
 from pipeline.schema import MEAN, STD, VECTOR_SIZE
-
-TRIM_EVERY = 32  # batches: DALI's buffers come and go in all sizes, and glibc keeps hundreds of megabytes of the gaps
-_LIBC = ctypes.CDLL(None)
 
 
 def _view(image, vector, size: int, device: str):
@@ -62,7 +58,6 @@ class DaliExecutor:
         self.size, self._threads, self._device_id = size, threads or os.cpu_count() or 1, device_id
         self._stream = None if device_id is None else torch.cuda.Stream(device_id)
         self._built: tuple[int, int, Pipeline] | None = None
-        self._calls = 0
 
     def _pipe(self, batch: int, views: int) -> Pipeline:
         if self._built is None or self._built[0] < batch or self._built[1] != views:
@@ -84,9 +79,6 @@ class DaliExecutor:
         except RuntimeError:
             self._built = None
             raise
-        self._calls += 1
-        if self._calls % TRIM_EVERY == 0:
-            _LIBC.malloc_trim(0)  # DALI's wheels are for glibc alone
         return views, vectors, ids
 
     def _copies(self, outputs: tuple) -> list[torch.Tensor]:
