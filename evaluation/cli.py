@@ -186,16 +186,16 @@ def _bench(paths: list[Path], out: Path | None, cache: Path | None, device: str,
            weights: Path | None) -> "Iterator[tuple[Bench, list[Path]]]":
     """The model with its files and, under torchrun, its ranks, of which one speaks; and the paths that are not the model's."""
     from evaluation.evaluate import Bench
-    from evaluation.subject import checkpoint_subject, open_clip_subject, pick_device
+    from evaluation.subject import DEVICE, checkpoint_subject, open_clip_subject
     from trainer.batches import IMAGE_BATCH
-    from trainer.distributed import process_group
+    from trainer.distributed import pick_device, process_group
 
     if (open_clip is None) != (weights is None):
         raise InputError("--open-clip ARCH and --weights FILE go together")
     if len(paths) < (1 if open_clip else 2):
         raise InputError("give a checkpoint and at least one set" if not open_clip else "give at least one set")
     cure = "start again: what is finished is kept"
-    with process_group(IMAGE_BATCH, pick_device(device), PATIENCE_MINUTES, cure) as (ranks, own), quiet(ranks.rank > 0):
+    with process_group(IMAGE_BATCH, pick_device(device, DEVICE), PATIENCE_MINUTES, cure) as (ranks, own), quiet(ranks.rank > 0):
         if open_clip and weights:
             yield Bench.of(open_clip_subject(open_clip, weights, own), out, cache, ranks), paths
         else:

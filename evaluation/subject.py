@@ -18,8 +18,10 @@ from pipeline.files import sha256_of
 from pipeline.images import upright_rgb
 from pipeline.replay import eval_view
 from trainer.checkpoint import TOKENIZER, Loaded
+from trainer.distributed import pick_device
 from trainer.export import open_model
 
+DEVICE = "--device "
 CROP_NAME = "central square, bicubic {} px, CLIP mean and std, identity vector, fp32"
 
 Pixels = np.ndarray
@@ -48,18 +50,9 @@ class Subject:
     model: torch.nn.Module
 
 
-def pick_device(name: str) -> str:
-    """"auto" is CUDA where there is a GPU. Raises InputError for a CUDA device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}, but torch sees no CUDA device: use --device cpu or auto")
-    return name
-
-
 def checkpoint_subject(path: Path, device: str = "auto") -> Subject:
     """A run, checkpoint or export folder of ours, or hf://ORG/NAME. Raises InputError when there is none or it is damaged."""
-    device = pick_device(device)
+    device = pick_device(device, DEVICE)
     loaded = open_model(path, device)
     return Subject(loaded.folder.name, loaded.run, loaded.weights_sha256, sha256_of(loaded.folder / TOKENIZER),
                    CROP_NAME.format(loaded.image_size), torch.device(device),
@@ -84,7 +77,7 @@ def open_clip_subject(arch: str, weights: Path, device: str = "auto") -> Subject
     """Any architecture open_clip knows with a weights file. Raises InputError."""
     import open_clip
 
-    device = pick_device(device)
+    device = pick_device(device, DEVICE)
     existing(weights, "weights file", "give a file that open_clip can load")
     if arch not in open_clip.list_models():
         raise InputError(f"open_clip {open_clip.__version__} knows no architecture {arch}: "

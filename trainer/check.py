@@ -18,10 +18,11 @@ from pipeline.stream import Stream
 from pipeline.text import CaptionTokenizer
 from trainer import checkpoint
 from trainer.config import Config, OptimConfig, RunConfig
+from trainer.distributed import pick_device
 from trainer.flops import PEAKS
 from trainer.memory import Sizes, available, sizes_of
 from trainer.mirror import Mirror
-from trainer.training import make_tokenizer, open_data, pick_device
+from trainer.training import make_tokenizer, open_data
 from trainer.trial import trial
 from trainer.verdict import Verdict, judged, tried
 

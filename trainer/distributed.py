@@ -148,6 +148,15 @@ class Ranks:
 ALONE = Ranks()
 
 
+def pick_device(name: str, setting: str = "run.device=") -> str:
+    """"auto" is CUDA where there is a GPU. Raises InputError, by what the user sets, for a CUDA device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"{setting}{name}, but torch sees no CUDA device: set {setting}cpu or {setting}auto")
+    return name
+
+
 @contextmanager
 def process_group(batch: int, device: str, timeout_minutes: float = 10,
                   cure: str = "the last checkpoint is whole: start again with `resume`") -> Generator[tuple[Ranks, str]]:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from pipeline.console import InputError, WorkFailed, say
 from pipeline.schema import Batch
 from trainer import checkpoint
-from trainer.accumulation import chunks, forward_backward
-from trainer.batches import without_padding
 from trainer.config import Config
-from trainer.distributed import process_group
+from trainer.distributed import pick_device, process_group
 from trainer.objectives import Objective
-from trainer.training import Training, pick_device, restored, snapshot
+from trainer.step import global_loss
+from trainer.training import Training, restored, snapshot
 
 FOLDER, KEPT = "failures", 3
 BATCH = ("vectors", "tokens", "sample_id", "group_id", "valid")
@@ -90,10 +89,7 @@ def replay(folder: Path) -> None:
         if len(kept) == ranks.world:
             torch.set_rng_state(load_file(kept[ranks.rank])["rng"])
         objective = Objective(config, ranks, t.model.auxiliary)
-        tokens = without_padding(batch.tokens, t.tokenizer.end_id)
-        count = min(config.optim.accumulation, config.optim.batch_size // ranks.world)
-        parts = chunks(count, batch.views, batch.vectors, tokens)
-        loss = forward_backward(t.step_of, parts, objective.of(batch), ranks)
+        loss, _ = global_loss(config.optim, t, objective, batch)
         for line in _findings(t, objective, batch, loss):
             say(line)
 

@@ -8,27 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from pipeline.console import InputError, WorkFailed, say
+from pipeline.console import InputError, say
 from pipeline.files import replacing
 from pipeline.ledger import Ledger
 from trainer import checkpoint
-from trainer.accumulation import chunks, forward_backward
-from trainer.batches import without_padding
 from trainer.config import Config
 from trainer.config_file import changed
-from trainer.distributed import process_group
+from trainer.distributed import pick_device, process_group
 from trainer.failures import Skips
 from trainer.flops import flops_by_length, peak_flops
 from trainer.log import LEDGER, Log
-from trainer.losses import NoValidGroup
 from trainer.mirror import Mirror
 from trainer.objectives import Objective
 from trainer.optim import learning_rate, set_rate
 from trainer.orders import Orders, Stopped
-from trainer.parallel import whole
-from trainer.training import Training, pick_device, restored, snapshot, start
+from trainer.step import clipped, global_loss, gradient_norms, update
+from trainer.training import Training, restored, snapshot, start
 from trainer.validation import Validation
 
 
@@ -63,12 +59,8 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
     be written.
     """
     run, optim, ranks, orders = config.run, config.optim, t.ranks, orders or Orders()
-    validation = Validation(config, t, orders)
-    saver = checkpoint.Saver(run)
-    _open(config, t, saver)
-    log = Log(run, optim.samples, t.cursor.samples_seen) if ranks.rank == 0 else None
-    ranks.wait()  # nobody reads or adds to the ledger before rank 0 has cut it back
-    ledger = Ledger.resumed(run.folder / LEDGER, config.data.bad_sample_budget, t.cursor.samples_seen, ranks.sum)
+    validation, saver = Validation(config, t, orders), checkpoint.Saver(run)
+    log, ledger = _open(config, t, saver)
     loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ranks.rank, ranks.world, ledger)
     objective, skips = Objective(config, ranks, t.model.auxiliary), Skips(run.folder, optim.skips)
     stream, clock = iter(loader), Clock(config, t)
@@ -82,37 +74,25 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
             except Stopped:
                 stop = True
                 break
-
-            done = after.samples_seen >= optim.samples
+            before, done = t.cursor.samples_seen, after.samples_seen >= optim.samples
             logged = t.step == 0 or (t.step + 1) % run.log_every == 0 or done
-            rate = learning_rate(optim, t.cursor.samples_seen)
+
+            rate = learning_rate(optim, before)
             set_rate(t.optimizer, rate)
-            t.optimizer.zero_grad(set_to_none=True)
-            tokens = without_padding(batch.tokens, t.tokenizer.end_id)
-            parts = chunks(min(optim.accumulation, optim.batch_size // ranks.world), batch.views, batch.vectors, tokens)
-            try:
-                loss = forward_backward(t.step_of, parts, objective.of(batch), ranks)
-            except NoValidGroup as error:
-                raise WorkFailed(f"{error}: no image before {after.samples_seen:,} samples could be decoded, see "
-                                 f"{run.folder / LEDGER}") from None
-            of_parts = gradient_norms(t.model) if logged else {}
-            gradient = whole(nn.utils.clip_grad_norm_(t.model.parameters(), optim.clip))
-
-            bad, stop, save = ranks.any(not torch.isfinite(loss + gradient), orders.stop, orders.save() or clock.due())
+            loss, length = global_loss(optim, t, objective, batch)
+            norms = gradient_norms(t.model) if logged else {}
+            norm = clipped(optim, t)
+            bad, stop, save = ranks.any(not torch.isfinite(loss + norm), orders.stop, orders.save() or clock.due())
             if bad:
-                skips.skip(config, t, batch, loss, gradient)
+                skips.skip(config, t, batch, loss, norm)
             else:
-                t.optimizer.step()
-                t.model.similarity.clamp_()
-                objective.keep(batch)
-                if t.average:
-                    t.average.update(optim.batch_size)
+                update(optim, t, objective, batch)
+            t.cursor, t.step = after, t.step + 1
 
-            before, t.cursor, t.step = t.cursor.samples_seen, after, t.step + 1
-            clock.worked(optim.batch_size, tokens.shape[2])
+            clock.worked(optim.batch_size, length)
             if log and logged and not bad:
                 log.write({"step": t.step, "samples": after.samples_seen, "loss": loss.item(), "lr": rate,
-                           "grad_norm": gradient.item(), "grad_norms": of_parts, "skipped": t.skipped,
+                           "grad_norm": norm.item(), "grad_norms": norms, "skipped": t.skipped,
                            "bad_samples": ledger.bad, **objective.numbers(batch), **clock.lap(t)})
             if save or done or after.samples_seen // run.save_every_samples > before // run.save_every_samples:
                 _save(config, t, saver, clock.total)
@@ -124,40 +104,37 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
         if stop:
             _save(config, t, saver, clock.total)
         _finish(t, saver)
-        saved = checkpoint.folder_of(run.folder, t.cursor)
-        if log:
-            say(f"checkpoint {saved}" + (f": stopped, go on with `uniclip-train resume {run.folder}`" if stop else ""))
     finally:
         stream.close()
         saver.close()
         if log:
             log.close()
     ranks.wait()
+    saved = checkpoint.folder_of(run.folder, t.cursor)
+    if log:
+        say(f"checkpoint {saved}" + (f": stopped, go on with `uniclip-train resume {run.folder}`" if stop else ""))
     return saved
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The norm of each part's gradient; where weights are sharded all ranks must call it."""
-    gradients = {name: [p.grad for p in part.parameters() if p.grad is not None] for name, part in model.named_children()}
-    return {name: whole(nn.utils.get_total_norm(part)).item() for name, part in gradients.items() if part}
-
-
-def _open(config: Config, t: Training, saver: checkpoint.Saver) -> None:
-    """Make the run's folder what it must be before the first step."""
-    folder = config.run.folder
-    saver.newest = t.cursor.samples_seen or None
+def _open(config: Config, t: Training, saver: checkpoint.Saver) -> tuple[Log | None, Ledger]:
+    """Make the run's folder what it must be before the first step → the log of rank 0, the ledger."""
+    folder, samples = config.run.folder, t.cursor.samples_seen
+    saver.newest = samples or None
     if t.ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / checkpoint.CONFIG) as temporary:
             temporary.write_text(config.to_toml())
-        if t.cursor.samples_seen:
-            say(f"resuming {folder} at {t.cursor.samples_seen:,} samples")
+        if samples:
+            say(f"resuming {folder} at {samples:,} samples")
             checkpoint.point_at(checkpoint.folder_of(folder, t.cursor))
         else:
             say("\n".join([_introduction(config, t), *t.notes]))
-    if not t.cursor.samples_seen:
+    if not samples:
         _save(config, t, saver, 0.0)
         _finish(t, saver)
+    log = Log(config.run, config.optim.samples, samples) if t.ranks.rank == 0 else None
+    t.ranks.wait()  # nobody reads or adds to the ledger before rank 0 has cut it back
+    return log, Ledger.resumed(folder / LEDGER, config.data.bad_sample_budget, samples, t.ranks.sum)
 
 
 def _save(config: Config, t: Training, saver: checkpoint.Saver, seconds: float) -> None:

@@ -23,7 +23,7 @@ from pipeline.text import CaptionTokenizer
 from pipeline.wording import Wording
 from trainer import checkpoint
 from trainer.config import Config, DataConfig, TextConfig
-from trainer.distributed import ALONE, Ranks
+from trainer.distributed import ALONE, Ranks, pick_device
 from trainer.initialise import freeze, initialise
 from trainer.mirror import Mirror
 from trainer.model import UniCLIP
@@ -53,15 +53,6 @@ class Training:
     step: int = 0
     skipped: int = 0
     seconds: float = 0.0
-
-
-def pick_device(name: str) -> str:
-    """"auto" is CUDA where there is a GPU. Raises InputError for a CUDA device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"run.device = {name!r}, but torch sees no CUDA device: set run.device=cpu or auto")
-    return name
 
 
 def open_data(config: DataConfig) -> Indexed | Stream:

@@ -10,17 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipeline.ledger import Ledger
 from pipeline.progress import clock
 from pipeline.schema import Batch
-from trainer.accumulation import chunks, forward_backward
-from trainer.batches import without_padding
 from trainer.config import Config, OptimConfig
 from trainer.distributed import ALONE
 from trainer.objectives import Objective
 from trainer.optim import set_rate
+from trainer.step import clipped, global_loss, update
 from trainer.training import Training, start
 from trainer.verdict import Verdict, judged
 
@@ -104,16 +102,12 @@ def _train(config: Config, t: Training, batch: Batch) -> float:
 
 
 def _step(config: Config, t: Training, batch: Batch, objective: Objective) -> tuple[float, float]:
-    """As the training loop makes it → loss, norm of the gradient."""
-    t.optimizer.zero_grad(set_to_none=True)
-    tokens = without_padding(batch.tokens, t.tokenizer.end_id)
-    parts = chunks(min(config.optim.accumulation, PARTS), batch.views, batch.vectors, tokens)
-    loss = forward_backward(t.step_of, parts, objective.of(batch))
-    norm = nn.utils.clip_grad_norm_(t.model.parameters(), config.optim.clip)
+    """→ loss, norm of the gradient."""
+    optim = config.optim.model_copy(update={"accumulation": min(config.optim.accumulation, PARTS)})
+    loss, _ = global_loss(optim, t, objective, batch)
+    norm = clipped(optim, t)
     if torch.isfinite(loss + norm):
-        t.optimizer.step()
-        t.model.similarity.clamp_()
-        objective.keep(batch)
+        update(optim, t, objective, batch)
     return loss.item(), norm.item()
 
 
