@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 import typer
 from conftest import ROOT
-from runs import TINY
+from short_runs import TINY
 
 from pipeline.console import InputError
 from tools.ablate import main, run_all

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
-from runs import begin, launch, on_ranks, overrides, run_until, weights
+from short_runs import begin, launch, on_ranks, overrides, run_until, weights
 
 from pipeline.console import InputError
 from trainer import checkpoint

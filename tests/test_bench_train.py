@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
-
-from runs import TINY
+from short_runs import TINY
 
 SMALL = [f"{key}={value}" for key, value in TINY.items() if key.startswith(("model.", "data."))]
 

@@ -31,6 +31,18 @@ def test_every_preset_says_command_cost_and_result(name):
     assert "TBD" not in "\n".join(header)
 
 
+def test_a_file_stands_upon_its_base(tmp_path):
+    (tmp_path / "own.toml").write_text('base = "other.toml"\n[model.image]\ndepth = 2\n[run]\nfolder = "r"\n')
+    (tmp_path / "other.toml").write_text('base = "scenes-tiny"\n[model.image]\nwidth = 96\nheads = 3\n')
+    own, tiny = load_config(str(tmp_path / "own.toml")), load_config("scenes-tiny")
+    assert (own.model.image.depth, own.model.image.width, own.model.image.patch) == (2, 96, tiny.model.image.patch)
+    assert (own.model.text, own.optim, own.run.folder.name) == (tiny.model.text, tiny.optim, "r")
+    for wrong, message in (("own.toml", "no file be its own base"), ("nowhere", "no configuration nowhere"), (3, "base = 3")):
+        (tmp_path / "other.toml").write_text(f"base = {wrong!r}\n")
+        with pytest.raises(InputError, match=message):
+            load_config(str(tmp_path / "own.toml"))
+
+
 @pytest.mark.parametrize("override, message", [
     ("optim.lrr=1", "--set optim.lrr is an unknown key; did you mean optim.lr?"),
     ("model.image.sise=64", "--set model.image.sise is an unknown key; did you mean model.image.size?"),

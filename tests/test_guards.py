@@ -7,8 +7,8 @@ import subprocess
 import pytest
 import torch
 from conftest import command
-from runs import PROGRAM, TORCHRUN, begin, on_ranks, overrides, trace
 from safetensors.torch import load_file
+from short_runs import PROGRAM, TORCHRUN, begin, on_ranks, overrides, trace
 
 from pipeline.console import InputError, WorkFailed
 from pipeline.loader import Loader

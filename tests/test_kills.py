@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runs import PROGRAM, begin, kill, launch, losses, on_ranks, overrides, run_until, steps, trace, weights
+from short_runs import PROGRAM, begin, kill, launch, losses, on_ranks, overrides, run_until, steps, trace, weights
 
 from trainer import checkpoint
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import PROGRAM, overrides, steps, trace
+from short_runs import PROGRAM, overrides, steps, trace
 
 from trainer import checkpoint
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import TINY
+from short_runs import TINY
 from torch import nn
 from worlds import World, share
 

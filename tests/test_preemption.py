@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import command
-from runs import PROGRAM, TORCHRUN, begin, overrides, trace, weights
+from short_runs import PROGRAM, TORCHRUN, begin, overrides, trace, weights
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from pipeline.console import InputError, WorkFailed

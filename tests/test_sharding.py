@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import encoded, picture
-from runs import PROGRAM, TORCHRUN
+from short_runs import PROGRAM, TORCHRUN
 from tiny import tiny_run
 
 from evaluation.results import read_rows

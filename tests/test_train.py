@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import command
-from runs import begin, launch, losses, on_ranks, overrides, run_until, trace, weights
+from short_runs import begin, launch, losses, on_ranks, overrides, run_until, trace, weights
 
 from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint

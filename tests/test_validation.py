@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command
-from runs import begin, launch, on_ranks, overrides, run_until, weights
+from short_runs import begin, launch, on_ranks, overrides, run_until, weights
 from worlds import World
 
 from evaluation.evaluate import Bench, evaluate

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from conftest import command
-from runs import begin, losses, on_ranks, overrides, trace, weights
 from safetensors.torch import load_file
+from short_runs import begin, losses, on_ranks, overrides, trace, weights
 
 from trainer import checkpoint
 from trainer.config import OptimConfig

@@ -28,8 +28,16 @@ def presets() -> dict[str, Path]:
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
-    """A preset's name or a TOML file, with `a.b=value` overrides → Config. Raises InputError."""
+    """A preset's name or a TOML file, with `a.b=value` overrides → Config. Raises InputError.
+
+    A file may begin with `base = "…"`, a preset or a file beside it, whose settings hold wherever it says nothing.
+    """
     path = presets().get(source, Path(source))
+    return _checked(_read(path, source), overrides, path)
+
+
+def _read(path: Path, source: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's settings upon those of its base."""
     if not path.is_file():
         near = difflib.get_close_matches(source, presets(), 1, 0.4)
         raise InputError(f"no configuration {source}: neither a TOML file nor a preset"
@@ -38,7 +46,18 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
-    return _checked(values, overrides, path)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or path in above:
+        raise InputError(f"{path}: base = {base!r} must name a preset or another file, and no file be its own base")
+    return _upon(_read(presets().get(base, path.parent / base), base, (*above, path)), values)
+
+
+def _upon(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _upon(base[key], value) for key, value in values.items()
+            if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return base | values | both
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:
