@@ -44,8 +44,9 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task],
         except BrokenProcessPool:
             raise WorkFailed("a worker process was killed, perhaps for want of memory: run the same command again, "
                              "with fewer processes") from None
-        finally:
+        except BaseException:  # do not wait for what still runs; else do, or Python may write into a closed pipe as it ends
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _quiet_and_mortal() -> None:
