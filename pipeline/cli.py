@@ -29,6 +29,7 @@ def scenes(
     held_out: Annotated[int, typer.Option(help="Scenes in each evaluation set, none twice; relation has 96.")] = 1_000,
     size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 64,
     format: Annotated[str, typer.Option(help="folder (pictures and captions.tsv) or wds (tars).")] = "folder",
+    noise: Annotated[float, typer.Option(min=0, max=1, help="Share of training captions that tell of another scene.")] = 0.0,
 ) -> None:
     """Draw the demonstration set: captioned scenes of two objects, and four evaluation sets.
 
@@ -36,7 +37,7 @@ def scenes(
     """
     from pipeline.scenes import make
 
-    sets = make(out, count, seed, held_out, size, format)
+    sets = make(out, count, seed, held_out, size, format, noise)
     say(f"{out}/train: {count:,} captioned scenes ({format}); "
         f"{out}/evalsets: {', '.join(f'{name} {scenes:,}' for name, scenes in sets.items())}")
 

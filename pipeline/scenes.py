@@ -28,7 +28,7 @@ HELD_OUT_SHARE = 0.1
 # These two never meet in training: telling where one stands from the other has to be composed from other scenes.
 NEVER_MET = (("red", "circle"), ("blue", "square"))
 PER_FOLDER, PER_SHARD, PER_TASK = 1000, 1000, 250
-STREAMS = {"train": 0, "order": 1, "retrieval": 2, "colour": 3, "shape": 4, "relation": 5}
+STREAMS = {"train": 0, "order": 1, "retrieval": 2, "colour": 3, "shape": 4, "relation": 5, "noise": 6}
 
 
 def _rng(seed: int, stream: str, i: int = 0) -> np.random.Generator:
@@ -59,11 +59,18 @@ def _any_scene(rng: np.random.Generator) -> Scene:
     return Scene(THINGS[first], RELATIONS[relation], THINGS[second], tuple(BACKGROUNDS)[background])
 
 
-def train_sample(i: int, seed: int, size: int) -> tuple[Scene, bytes]:
-    """Training sample i: a combination that is not held out, and its JPEG of size × size."""
-    rng = _rng(seed, "train", i)
-    scene = next(scene for scene in iter(lambda: _any_scene(rng), None) if not held_out(scene))
-    return scene, jpeg(draw(scene, size, rng))
+def _training_scene(rng: np.random.Generator) -> Scene:
+    return next(scene for scene in iter(lambda: _any_scene(rng), None) if not held_out(scene))
+
+
+def train_sample(i: int, seed: int, size: int, noise: float = 0.0) -> tuple[Scene, bytes]:
+    """Training sample i: a combination that is not held out, and its JPEG of size × size.
+
+    noise: probability that the scene told of is another than the one drawn; of equal i more noise tells more lies.
+    """
+    rng, liar = _rng(seed, "train", i), _rng(seed, "noise", i)
+    scene = _training_scene(rng)
+    return _training_scene(liar) if liar.random() < noise else scene, jpeg(draw(scene, size, rng))
 
 
 @cache
@@ -184,9 +191,9 @@ def _write_wds(folder: Path, samples: Iterable[tuple[Scene, bytes]]) -> None:
 FORMATS = {"folder": _write_folder, "wds": _write_wds}
 
 
-def _drawn(count: int, seed: int, size: int) -> Iterator[tuple[Scene, bytes]]:
+def _drawn(count: int, seed: int, size: int, noise: float) -> Iterator[tuple[Scene, bytes]]:
     """Training samples in order, drawn on every core when there are enough of them to pay for starting processes."""
-    one = partial(train_sample, seed=seed, size=size)
+    one = partial(train_sample, seed=seed, size=size, noise=noise)
     if count < 8 * PER_TASK:
         yield from map(one, range(count))
         return
@@ -194,7 +201,7 @@ def _drawn(count: int, seed: int, size: int) -> Iterator[tuple[Scene, bytes]]:
         yield from pool.map(one, range(count), chunksize=PER_TASK)
 
 
-def make(out: Path, count: int, seed: int, held_out_count: int, size: int, layout: str) -> dict[str, int]:
+def make(out: Path, count: int, seed: int, held_out_count: int, size: int, layout: str, noise: float = 0.0) -> dict[str, int]:
     """Write OUT/train and OUT/evalsets → scenes in each evaluation set; OUT appears under its name only when complete.
 
     Raises InputError for a folder that holds something, an unknown layout, or numbers out of range.
@@ -205,7 +212,7 @@ def make(out: Path, count: int, seed: int, held_out_count: int, size: int, layou
     shutil.rmtree(partial_out, ignore_errors=True)
     (partial_out / "train").mkdir(parents=True)
     written = _write_evalsets(partial_out / "evalsets", held_out_count, seed, size)
-    FORMATS[layout](partial_out / "train", track(_drawn(count, seed, size), "drawing scenes", count))
+    FORMATS[layout](partial_out / "train", track(_drawn(count, seed, size, noise), "drawing scenes", count))
     partial_out.rename(out)
     return written
 

@@ -145,3 +145,11 @@ def test_wrong_arguments_end_with_one_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, "scenes", str(tmp_path / "full")], capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_noise_tells_of_another_scene_and_leaves_the_rest_as_it_was() -> None:
+    clean, some, more = ([train_sample(i, 0, 16, noise) for i in range(400)] for noise in (0.0, 0.2, 0.5))
+    assert all(a[1] == b[1] == c[1] for a, b, c in zip(clean, some, more, strict=True)), "the pictures are the same"
+    lies = [[i for i in range(400) if told[i][0] != clean[i][0]] for told in (some, more)]
+    assert set(lies[0]) < set(lies[1]) and abs(len(lies[0]) - 80) < 30 and abs(len(lies[1]) - 200) < 35
+    assert not any(held_out(scene) for scene, _ in more)

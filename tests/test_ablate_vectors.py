@@ -1,0 +1,58 @@
+"""What an augmentation vector is worth at test time: every way of seeing, every vector, against evaluation's own number."""
+
+import json
+
+import pytest
+import torch
+from conftest import command
+from short_runs import begin
+
+from pipeline.evalsets import open_evalset
+from tools.ablate_vectors import CENTRE, METRIC, recalls
+from trainer import checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors") / "run"
+    begin(scenes, folder)
+    return folder
+
+
+def test_every_way_of_seeing_is_measured_with_every_vector(scenes, run, tmp_path):
+    out, evalset = tmp_path / "v.json", scenes / "evalsets/retrieval"
+    done = command("python", "-m", "tools.ablate_vectors", evalset, run, run, "--device", "cpu", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[4:]] == [CENTRE, "weak", "strong"]
+    rows = json.loads(out.read_text())
+    assert len(rows) == 2 * 3 * 3
+    assert command("uniclip-eval", "retrieval", run, evalset).returncode == 0
+    measured = {row["metric"]: row["value"] for row in map(json.loads, (run / "results.jsonl").read_text().splitlines())}
+    assert {row[METRIC] for row in rows if (row["seen_as"], row["vector"]) == (CENTRE, "identity")} == {measured[METRIC]}
+
+
+def test_the_vector_is_all_that_differs(scenes, run, monkeypatch):
+    evalset, loaded = open_evalset(scenes / "evalsets/retrieval"), checkpoint.load_model(run)
+    given = []
+    monkeypatch.setattr("tools.ablate_vectors.open_model", lambda *_: loaded)
+    project = loaded.model.project_image
+    monkeypatch.setattr(loaded.model, "project_image", lambda h, vector: given.append((h, vector)) or project(h, vector))
+    recalls(run, evalset)
+    for (h, true), (h_identity, identity), (h_shuffled, shuffled) in zip(*[iter(given)] * 3, strict=True):
+        assert h is h_identity is h_shuffled
+        assert (identity == loaded.model.identity_A).all()
+        assert sorted(map(tuple, true.tolist())) == sorted(map(tuple, shuffled.tolist()))
+    true, _, shuffled = (vector for _, vector in given[-3:])  # strong views: no two alike
+    assert (true != shuffled).any(dim=1).all()
+    with torch.no_grad():
+        for layer in loaded.model.augmentation.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.zero_()
+    deaf = recalls(run, evalset)
+    assert all(deaf[name, which] == deaf[name, "true"] for name, which in deaf)
+
+
+def test_a_head_without_the_embedding_is_refused(scenes, tmp_path):
+    begin(scenes, tmp_path / "run", **{"model.head.augmentation": "false", "optim.samples": 32})
+    done = command("python", "-m", "tools.ablate_vectors", scenes / "evalsets/retrieval", tmp_path / "run")
+    assert done.returncode == 2 and "its head takes no augmentation vector" in done.stderr.splitlines()[-1]

@@ -1,0 +1,106 @@
+"""What the augmentation embedding is worth when a trained model is used: `python -m tools.ablate_vectors SET RUN [RUN …]`.
+
+Every image of a captioned set is seen in each way the run was trained with, and as evaluation sees it (its central square).
+Its embedding is then computed with the vector that made the view, with the identity, and with another image's vector.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from pipeline.console import InputError, run, say
+from pipeline.evalsets import RETRIEVAL, EvalSet, open_evalset
+from pipeline.images import upright_rgb
+from pipeline.replay import PillowExecutor, center_crop
+from pipeline.sampling import sample_vectors
+from pipeline.schema import IDENTITY, sample_id_of
+from tools.grid_tables import mean_and_error
+from trainer.batches import IMAGE_BATCH
+from trainer.distributed import pick_device
+from trainer.export import open_model
+from trainer.metrics import retrieval_recalls
+
+VECTORS = ("true", "identity", "shuffled")
+CENTRE = "central square"
+METRIC = "image_to_text_recall@1"
+
+
+def _views(images: list[bytes], size: int, kinds: dict) -> dict[str, tuple[Tensor, np.ndarray]]:
+    """Way of seeing → pixels (N, 3, S, S) and the vectors (N, 11) that made them."""
+    ids, size_N2 = np.array([sample_id_of(image) for image in images]), np.array([upright_rgb(x).size for x in images])
+    vector_NVA = np.concatenate([np.stack([center_crop(*each) for each in size_N2.tolist()])[:, None],
+                                 sample_vectors(0, 0, 0, ids, size_N2, tuple(kinds.values()))], axis=1)
+    executor = PillowExecutor(size)
+    views, _, _ = executor(images, vector_NVA, ids)
+    executor.close()
+    return {name: (view, vector_NVA[:, v]) for v, (name, view) in enumerate(zip((CENTRE, *kinds), views, strict=True))}
+
+
+@torch.inference_mode()
+def recalls(place: Path, evalset: EvalSet, device: str = "cpu") -> dict[tuple[str, str], float]:
+    """(way of seeing, vector) → recall@1 of image → text. Raises InputError for a model without the embedding."""
+    loaded = open_model(place, device)
+    model = loaded.model
+    if model.augmentation is None:
+        raise InputError(f"{place}: its head takes no augmentation vector (model.head.augmentation = false)")
+    examples = list(evalset.examples())
+    captions = [caption for _, _, own in examples if isinstance(own, list) for caption in own]
+    image_of_text_T = np.repeat(np.arange(len(examples)), [len(own) for _, _, own in examples if isinstance(own, list)])
+    token_TL = torch.from_numpy(loaded.tokenizer(captions)).to(device)
+    text_TD = torch.cat([model.encode_text(part) for part in token_TL.split(IMAGE_BATCH)])
+    data = loaded.config.data
+    kinds = dict(zip(data.view_names(), data.kinds(), strict=True))  # of two alike one
+    found = {}
+    for name, (pixels, vector_NA) in _views([image for _, image, _ in examples], loaded.image_size, kinds).items():
+        h_NW = torch.cat([model.image_features(part.to(device)) for part in pixels.split(IMAGE_BATCH)])
+        order_N = np.random.default_rng(0).permutation(len(vector_NA))
+        given = {"true": vector_NA, "identity": np.tile(IDENTITY, (len(vector_NA), 1)), "shuffled": vector_NA.copy()}
+        given["shuffled"][order_N] = vector_NA[np.roll(order_N, 1)]  # nobody keeps its own
+        for which in VECTORS:
+            z_ND = model.project_image(h_NW, torch.from_numpy(given[which]).to(device))
+            found[name, which] = retrieval_recalls(z_ND, text_TD, image_of_text_T)[METRIC]
+    return found
+
+
+def table(found: list[dict[tuple[str, str], float]]) -> str:
+    """Markdown: mean ± standard error over runs, and the difference to the true vector, run by run."""
+    lines = [f"{METRIC} in percent, mean ± standard error over {len(found)} runs; in brackets against the true vector.",
+             "", f"| seen as | {' | '.join(VECTORS)} |", "|---" * (1 + len(VECTORS)) + "|"]
+    for name in dict.fromkeys(name for name, _ in found[0]):
+        cells = []
+        for which in VECTORS:
+            mean, error = mean_and_error([100 * one[name, which] for one in found])
+            drop, drop_error = mean_and_error([100 * (one[name, which] - one[name, "true"]) for one in found])
+            cells.append(f"{mean:.1f} ± {error:.1f}" + ("" if which == "true" else f" ({drop:+.1f} ± {drop_error:.1f})"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(evalset: Annotated[Path, typer.Argument(help="A captioned evaluation set.")],
+         runs: Annotated[list[Path], typer.Argument(help="Runs or checkpoints of one configuration, differing in the seed.")],
+         device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+         out: Annotated[Path | None, typer.Option(help="Also write every figure to this JSON file.")] = None) -> None:
+    """Retrieval with the true, the identity and a shuffled augmentation vector.
+
+    Example: `python -m tools.ablate_vectors demo/scenes/evalsets/retrieval runs/scenes-tiny`
+    """
+    wanted = open_evalset(evalset)
+    if wanted.kind != RETRIEVAL:
+        raise InputError(f"{evalset} is no captioned set: give one with captions")
+    found = [recalls(place, wanted, pick_device(device, "--device ")) for place in runs]
+    if out:
+        out.write_text(json.dumps([{"run": str(place), "seen_as": name, "vector": which, METRIC: value}
+                                   for place, one in zip(runs, found, strict=True) for (name, which), value in one.items()],
+                                  indent=1) + "\n")
+    say(table(found))
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    run(app)
