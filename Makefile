@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/python -m tools.demo demo --port $(PORT)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
