@@ -86,6 +86,10 @@ def test_tables_hold_means_errors_and_differences_seed_by_seed(scenes, tmp_path)
     assert "| shared, unified | 3 | 50.0 ± 1.2 | -3.0 ± 0.6 | 25.51 | 2.0 |" in write_tables(grid)
     assert (tmp_path / "out" / "tables.png").stat().st_size > 5000
     assert len(list(csv.DictReader((tmp_path / "out" / "tables.csv").open()))) == 3 + 1  # the head's full model is the same
+    cells = list(csv.DictReader((tmp_path / "out" / "cells.csv").open()))
+    assert [(row["row"], row["seed"], float(row["value"])) for row in cells[:3]] == [
+        ("shared, unified", str(seed), value) for seed, value in enumerate(found["shared, unified"])]
+    assert len(cells) == 3 + 3 + 1 + 3
 
 
 def test_equal_configurations_are_one_cell(scenes, tmp_path):

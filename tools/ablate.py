@@ -4,7 +4,7 @@ A cell is one row with one seed. It trains in a process of its own, is evaluated
 done.json is there. Started again, the tool passes over finished cells and resumes the others. Rows of different tables that
 are the same configuration share their cells.
 
-    FOLDER/cells/HASH/run, train.log, eval.log, done.json     FOLDER/tables.md, tables.csv, tables.png
+    FOLDER/cells/HASH/run, train.log, eval.log, done.json     FOLDER/tables.md, tables.csv, tables.png, cells.csv
 
 A grid says: base (preset or file), folder, overrides (of every cell), seeds, tables (of tools.paper_rows), rows (more tables:
 name → row → overrides) with full (name → the row that others are held against), evaluate (a retrieval set), metric.

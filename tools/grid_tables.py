@@ -1,8 +1,10 @@
 """Tables and pictures of a grid's finished cells: mean ± standard error over seeds, differences seed by seed."""
 
 import csv
+import itertools
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -11,6 +13,7 @@ from tools.grid import Grid
 from tools.paper_rows import in_the_paper
 
 COLUMNS = ("table", "row", "seeds", "mean", "standard_error", "difference", "difference_error", "paper", "train_minutes")
+CELL_COLUMNS = ("table", "row", "seed", "cell", "value", "seconds")
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -40,18 +43,30 @@ def table_of(grid: Grid, name: str) -> list[dict]:
 
 
 def write_tables(grid: Grid) -> str:
-    """tables.csv, tables.md and tables.png of what is finished → the text of tables.md."""
+    """tables.csv, tables.md, tables.png and, cell by cell, cells.csv of what is finished → the text of tables.md."""
     tables = {name: table_of(grid, name) for name in grid.every_table()}
-    with (grid.folder / "tables.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({key: "" if value != value else value for key, value in line.items()}
-                         for lines in tables.values() for line in lines)
+    _write(grid.folder / "tables.csv", COLUMNS, [line for lines in tables.values() for line in lines])
+    _write(grid.folder / "cells.csv", CELL_COLUMNS, list(_cells(grid)))
     text = "\n".join(_markdown(grid, name, lines) for name, lines in tables.items())
     (grid.folder / "tables.md").write_text(text)
     if any(tables.values()):
         draw(grid, tables, grid.folder / "tables.png")
     return text
+
+
+def _write(path: Path, columns: tuple[str, ...], lines: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({key: "" if value != value else value for key, value in line.items()} for line in lines)
+
+
+def _cells(grid: Grid) -> Iterator[dict]:
+    for name, (rows, _) in grid.every_table().items():
+        for (row, overrides), seed in itertools.product(rows.items(), grid.seeds):
+            if done := (cell := grid.cell(overrides, seed)).done:
+                yield dict(zip(CELL_COLUMNS, (name, row, seed, cell.folder.name, done["metrics"][grid.metric], done["seconds"]),
+                               strict=True))
 
 
 def draw(grid: Grid, tables: dict[str, list[dict]], path: Path) -> None:
