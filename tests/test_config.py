@@ -37,7 +37,10 @@ def test_a_file_stands_upon_its_base(tmp_path):
     own, tiny = load_config(str(tmp_path / "own.toml")), load_config("scenes-tiny")
     assert (own.model.image.depth, own.model.image.width, own.model.image.patch) == (2, 96, tiny.model.image.patch)
     assert (own.model.text, own.optim, own.run.folder.name) == (tiny.model.text, tiny.optim, "r")
-    for wrong, message in (("own.toml", "no file be its own base"), ("nowhere", "no configuration nowhere"), (3, "base = 3")):
+    (tmp_path / "other.toml").write_text('base = "scenes-tiny"\n[data]\nstream = "a.tar"\n')
+    assert (load_config(str(tmp_path / "own.toml")).data.stream, tiny.data.stream) == ("a.tar", None)
+    for wrong, message in (("own.toml", "no file be its own base"), (f"../{tmp_path.name}/own.toml", "no file be its own base"),
+                           ("nowhere", "no configuration nowhere"), (3, "base = 3")):
         (tmp_path / "other.toml").write_text(f"base = {wrong!r}\n")
         with pytest.raises(InputError, match=message):
             load_config(str(tmp_path / "own.toml"))

@@ -19,7 +19,7 @@ MAY_CHANGE = {  # when a run goes on: of what it computes nothing but last bits
     "objective": ("synonyms",), "optim": ("accumulation", "skips"), "eval": tuple(EvalConfig.model_fields),
     "run": ("device", "sharding", "recompute", "compile", "log_every", "save_every_samples", "save_every_minutes", "keep",
             "mirror", "wandb")}  # files of [data] and [objective] may be elsewhere; other ones the cursor refuses
-_INSTEAD = {"data.stream": "index", "data.index": "stream"}  # --set of one takes the place of the other
+_INSTEAD = {"stream": "index", "index": "stream"}  # of [data]: one that is set takes the place of the other
 
 
 def presets() -> dict[str, Path]:
@@ -49,15 +49,16 @@ def _read(path: Path, source: str, above: tuple[Path, ...] = ()) -> dict[str, An
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str) or path in above:
+    if not isinstance(base, str) or path.resolve() in above:
         raise InputError(f"{path}: base = {base!r} must name a preset or another file, and no file be its own base")
-    return _upon(_read(presets().get(base, path.parent / base), base, (*above, path)), values)
+    return _upon(_read(presets().get(base, path.parent / base), base, (*above, path.resolve())), values)
 
 
 def _upon(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _upon(base[key], value) for key, value in values.items()
-            if isinstance(value, dict) and isinstance(base.get(key), dict)}
-    return base | values | both
+    kept = {key: value for key, value in base.items() if _INSTEAD.get(key) not in values}
+    both = {key: _upon(kept[key], value) for key, value in values.items()
+            if isinstance(value, dict) and isinstance(kept.get(key), dict)}
+    return kept | values | both
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:
@@ -106,7 +107,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f"--set {override}: {parent!r} is a value, not a section")
     values[last] = value
-    values.pop(_INSTEAD.get(key, ""), None)
+    values.pop(_INSTEAD.get(last, ""), None)
 
 
 def _complete(values: dict[str, Any]) -> None:
