@@ -131,12 +131,14 @@ def test_of_a_run_that_went_back_the_newest_checkpoints_stay(scenes, tmp_path):
     """With its mirror; those that it left behind go with the first new one."""
     folder, mirror = tmp_path / "run", tmp_path / "mirror"
     begin(scenes, folder, **{"optim.samples": 240, "run.keep": 9, "run.mirror": f"file://{mirror}"})
+    shutil.copytree(folder / "checkpoints" / "000000000240", folder / "checkpoints" / "best")
+    shutil.copytree(folder / "checkpoints" / "best", mirror / "checkpoints" / "best")
     config, t = restored(folder / "checkpoints" / "000000000096", overrides=["run.keep=2", "run.save_every_samples=16"])
     shorter = config.model_copy(update={"optim": config.optim.model_copy(update={"samples": 128})})
     train(shorter, t)
     for place in (folder, mirror):
         kept = sorted(path.name for path in (place / "checkpoints").iterdir())
-        assert kept == ["000000000112", "000000000128", "latest"]
+        assert kept == ["000000000112", "000000000128", "best", "latest"]
         assert checkpoint.read_state(checkpoint.find(place)).cursor.samples_seen == 128
 
 

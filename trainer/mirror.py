@@ -18,10 +18,12 @@ STATE, CONFIG, LATEST, LOGS = "state.json", "config.toml", "latest", ("metrics.j
 def superseded(names: Iterable[str], newest: str, keep: int) -> list[str]:
     """Of the names of checkpoints those that make way for `newest`.
 
-    The `keep` newest stay; later ones are of a line that the run has left by going back to an older checkpoint.
+    The `keep` newest stay; later ones are of a line that the run has left by going back to an older checkpoint. What is
+    not named as a checkpoint, somebody else has put there: it stays.
     """
-    before = sorted(name for name in names if name < newest)
-    return before[:max(len(before) - keep + 1, 0)] + [name for name in names if name > newest]
+    ours = sorted(name for name in names if name.isdigit())
+    before = [name for name in ours if name < newest]
+    return before[:max(len(before) - keep + 1, 0)] + [name for name in ours if name > newest]
 
 
 class Mirror:
