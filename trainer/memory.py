@@ -107,8 +107,8 @@ def _towers(config: Config, model: UniCLIP, groups: int) -> tuple[float, int]:
     views, size = len(config.data.kinds()), config.model.image.size
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu")
-        model.auxiliary = None  # heads that work on the whole batch, after the towers
         flops = flops_per_sample(model, views, config.optim.batch_size, config.objective.texts)
+        model.auxiliary = None  # heads that work on the whole batch, after the towers
         batch = ([torch.empty(groups, 3, size, size) for _ in range(views)], torch.empty(groups, views, VECTOR_SIZE),
                  torch.zeros(groups, config.objective.texts, config.model.text.context, dtype=torch.long))
         for parameter in model.parameters():
