@@ -19,6 +19,7 @@ from trainer import checkpoint
 SBATCH, CONTAINER = ROOT / "tools/launch/train.sbatch", ROOT / "tools/launch/Containerfile"
 SLURM = {
     "srun": """#!/bin/bash
+[ "$1 $2" = "--cpus-per-task=3 --label" ] && shift 2 || exit 9
 for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do SLURM_NODEID=$n "$@" & machines+=($!); done
 trap 'kill -USR1 "${machines[@]}"' USR1
 worst=0
@@ -51,7 +52,8 @@ class Cluster:
         """What Slurm does when the job's turn comes, the first time or after it was queued again."""
         environment = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "REQUEUED": str(self.requeued),
                        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "here,here",
-                       "SLURM_RESTART_COUNT": str(self.starts), "PROCESSES": "1", "UNICLIP_BIN": str(PROGRAM.parent)}
+                       "SLURM_RESTART_COUNT": str(self.starts), "PROCESSES": "1", "UNICLIP_BIN": str(PROGRAM.parent),
+                       "SLURM_CPUS_PER_TASK": "3", "UNICLIP_SRUN": "--label"}
         self.starts += 1
         process = subprocess.Popen(["bash", SBATCH, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    env=environment)
