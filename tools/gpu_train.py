@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipeline.console import InputError
 from pipeline.recipe import Recipe, make_executor
@@ -19,13 +18,12 @@ from tools.gpu_stream import photographs
 from tools.profiles import Ceilings, table, traced
 from tools.side_by_side import Resident, apart, random_batch, side_by_side, sizes_of
 from trainer import checkpoint
-from trainer.accumulation import chunks, forward_backward
-from trainer.batches import without_padding
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.flops import peak_flops
 from trainer.log import METRICS
 from trainer.objectives import Objective
+from trainer.step import clipped, global_loss, update
 from trainer.train import train
 from trainer.training import Training, restored, start
 
@@ -154,13 +152,12 @@ def _executor(device: str) -> str:
 
 def _stepping(config: Config, t: Training, batch: Batch) -> Callable[[], None]:
     """One of the loop's steps, on the same batch each time."""
-    objective, tokens = Objective(config, t.ranks, t.model.auxiliary), without_padding(batch.tokens, t.tokenizer.end_id)
+    objective = Objective(config, t.ranks, t.model.auxiliary)
 
     def step() -> None:
-        t.optimizer.zero_grad(set_to_none=True)
-        forward_backward(t.step_of, chunks(1, batch.views, batch.vectors, tokens), objective.of(batch), t.ranks)
-        nn.utils.clip_grad_norm_(t.model.parameters(), config.optim.clip)
-        t.optimizer.step()
+        global_loss(config.optim, t, objective, batch)
+        clipped(config.optim, t)
+        update(config.optim, t, objective, batch)
     return step
 
 
