@@ -12,8 +12,11 @@ import typer
 from conftest import ROOT
 from typer.testing import CliRunner, Result
 
+from tools import bench_loss
 from tools.gpu_check import good, main, table
+from tools.gpu_loss import gradients
 from tools.gpu_parts import PARTS, Target
+from trainer.losses import dense_loss
 
 QUICK = ("stream.pixels", "loss.gradients", "train.resume", "profile.b32")  # in the daily tests, too
 PLANTED = {"sklearn": "raise RuntimeError('planted')",
@@ -61,6 +64,13 @@ def test_verdicts():
     assert not good("loss.large", record) and "| 3 GiB | ≤ 4 GiB |" in table({"loss.large": record})
     record["figures"]["rate_ratio"] = 0.6
     assert good("loss.large", record) and good("loss.large", {"status": "needs triton"})
+
+
+def test_a_gradient_that_is_not_finite_is_no_small_difference(monkeypatch):
+    monkeypatch.setitem(bench_loss.OTHERS, "torch", lambda name, image, text, *similarity: dense_loss(
+        name, image, text, *similarity) + math.nan * text.sum())
+    found = gradients(Path(), "cpu", 8)
+    assert found["tiled_float32"] < 1e-3 and all(math.isnan(found[name]) for name in ("torch_float32", "float32", "bfloat16"))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from tools.bench_loss import TEXTS, VIEWS, WIDTH, inputs, largest_difference, measure, step
 from tools.profiles import Ceilings, table, traced
 
@@ -11,7 +13,8 @@ def gradients(folder: Path, device: str, groups: int = 1024) -> dict:
     """Triton's kernels and PyTorch's tiles against the dense loss: largest difference of a gradient, relative."""
     found = {f"{name}_{dtype}": largest_difference(name, groups, device, dtype)
              for name in ("tiled", "torch") for dtype in ("float32", "bfloat16")}
-    return found | {dtype: max(found[f"tiled_{dtype}"], found[f"torch_{dtype}"]) for dtype in ("float32", "bfloat16")}
+    return found | {dtype: float(np.max([found[f"tiled_{dtype}"], found[f"torch_{dtype}"]]))  # NaN stays
+                    for dtype in ("float32", "bfloat16")}
 
 
 def beside_dense(folder: Path, device: str, groups: int = 4096, repeats: int = 5) -> dict:
