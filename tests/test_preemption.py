@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -189,11 +190,12 @@ def test_a_mirror_that_is_away_for_a_while_does_not_end_the_run(scenes, tmp_path
 
 SLOW = """
 import sys, time
+from functools import partial
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+import trainer.train
 from trainer.config_file import load_config
 from trainer.distributed import process_group
-from trainer.train import train
 from trainer.training import start
 
 class Slow(LocalFileSystem):
@@ -203,10 +205,16 @@ class Slow(LocalFileSystem):
         time.sleep(7 * here.endswith("model.safetensors"))
         super().put_file(here, there, **options)
 
+    def get_file(self, there, here, **options):
+        time.sleep(7 * there.endswith("model.safetensors"))
+        super().get_file(there, here, **options)
+
 fsspec.register_implementation("slow", Slow)
-config = load_config("scenes-tiny", sys.argv[1:])
-with process_group(config.optim.batch_size, "cpu", timeout_minutes=4 / 60) as (ranks, device):
-    train(config, start(config, device, ranks))
+trainer.train.process_group = partial(process_group, timeout_minutes=4 / 60)
+if sys.argv[1] == "resume":
+    trainer.train.resume(*sys.argv[2:])
+else:
+    trainer.train.run(load_config("scenes-tiny", sys.argv[1:]))
 """
 
 
@@ -220,6 +228,10 @@ def test_no_rank_waits_for_a_mirror_that_takes_longer_than_a_collective_may(scen
     for place in (folder, mirror):
         assert sorted(path.name for path in (place / "checkpoints").iterdir()) == ["000000000096", "latest"]
         checkpoint.read_state(checkpoint.find(place))
+    shutil.rmtree(folder)
+    done = command(*TORCHRUN, "2", tmp_path / "slow.py", "resume", f"slow://{mirror}")
+    assert done.returncode == 0, done.stderr
+    assert weights(folder) == weights(mirror)
 
 
 @pytest.mark.parametrize("launch", ["torchrun", "alone"])

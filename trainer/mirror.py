@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 
 from pipeline.console import InputError, WorkFailed, say
+from pipeline.files import replacing
 from trainer.config import Config
 from trainer.config_file import load_config
 
@@ -107,7 +108,8 @@ class Mirror:
             if self._fs.exists(f"{self._root}/{log}"):
                 self._fs.get_file(f"{self._root}/{log}", str(run / log))
         shutil.copyfile(folder / CONFIG, run / CONFIG)
-        here.write_text(name)
+        with replacing(here) as temporary:
+            temporary.write_text(name)
         say(f"fetched {self.url}, checkpoint {name}, to {run}")
 
     def _names(self) -> list[str]:

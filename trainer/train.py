@@ -4,6 +4,7 @@ import os
 import resource
 import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.ledger import Ledger
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.config_file import changed
-from trainer.distributed import pick_device, process_group
+from trainer.distributed import Ranks, pick_device, process_group
 from trainer.failures import Skips
 from trainer.flops import flops_by_length, peak_flops
 from trainer.log import LEDGER, Log
@@ -46,10 +47,19 @@ def resume(place: str, folder: Path | None = None, overrides: Sequence[str] = ()
     config = changed(mirror.config(), overrides) if mirror else checkpoint.load_config_of(Path(place), overrides)
     path = folder or config.run.folder if mirror else Path(place)
     with Orders() as orders, process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
-        if mirror and os.environ.get("LOCAL_RANK", "0") == "0":
-            mirror.fetch(path)
-        ranks.wait()
+        if mirror:
+            _fetch(mirror, path, ranks)
         return train(*restored(path, device, ranks, overrides), orders)
+
+
+def _fetch(mirror: Mirror, path: Path, ranks: Ranks) -> None:
+    """One process on each machine fetches, however long that takes."""
+    with ThreadPoolExecutor(1, "mirror") as fetcher:
+        fetching = fetcher.submit(mirror.fetch, path) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        ranks.until(lambda: fetching is None or fetching.done())
+    with ranks.agreeing():
+        if fetching:
+            fetching.result()
 
 
 def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
