@@ -45,7 +45,9 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task],
             raise WorkFailed("a worker process was killed, perhaps for want of memory: run the same command again, "
                              "with fewer processes") from None
         except BaseException:  # do not wait for what still runs; else do, or Python may write into a closed pipe as it ends
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in waiting:
+                future.cancel()
+            pool.shutdown(wait=False)
             raise
 
 

@@ -66,11 +66,12 @@ def _training_scene(rng: np.random.Generator) -> Scene:
 def train_sample(i: int, seed: int, size: int, noise: float = 0.0) -> tuple[Scene, bytes]:
     """Training sample i: a combination that is not held out, and its JPEG of size × size.
 
-    noise: probability that the scene told of is another than the one drawn; of equal i more noise tells more lies.
+    noise: probability that another scene is told of than the one drawn; of equal i more noise tells more lies.
     """
     rng, liar = _rng(seed, "train", i), _rng(seed, "noise", i)
     scene = _training_scene(rng)
-    return _training_scene(liar) if liar.random() < noise else scene, jpeg(draw(scene, size, rng))
+    other = next(other for other in iter(lambda: _training_scene(liar), None) if other != scene)
+    return other if liar.random() < noise else scene, jpeg(draw(scene, size, rng))
 
 
 @cache
@@ -208,6 +209,8 @@ def make(out: Path, count: int, seed: int, held_out_count: int, size: int, layou
     """
     out = out.resolve()
     _check(out, count, seed, held_out_count, size, layout)
+    if not 0 <= noise <= 1:
+        raise InputError(f"--noise {noise}: give a share, 0 … 1")
     partial_out = out.with_name(out.name + ".partial")
     shutil.rmtree(partial_out, ignore_errors=True)
     (partial_out / "train").mkdir(parents=True)

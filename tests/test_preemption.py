@@ -128,6 +128,12 @@ def test_a_mirror_holds_whole_checkpoints_and_a_run_goes_on_from_it(scenes, tmp_
     assert trace(tmp_path / "third") == trace(lost)
     with pytest.raises(InputError, match="run.mirror .* already holds a run"):
         begin(scenes, tmp_path / "other", **{"run.mirror": url})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(WorkFailed, match="did not take"):
+        patch.setattr(mirror._fs, "put_file", lambda *_: (_ for _ in ()).throw(OSError("it is gone")))
+        mirror.copy(lost / "checkpoints" / names[1], 2)  # a run that went back writes its own of this number
+    assert mirror.newest() == names[0], "what is half replaced is not the latest"
+    mirror.copy(lost / "checkpoints" / names[1], 2)
+    assert mirror.newest() == names[1]
     mirror.copy(lost / "checkpoints" / names[0], 1)  # as of a run that went back to it
     assert sorted(p.name for p in (tmp_path / "mirror" / "checkpoints").iterdir()) == [names[0], "latest"]
     mirror.fetch(tmp_path / "fourth")

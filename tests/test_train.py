@@ -198,7 +198,7 @@ def test_resume_takes_what_leaves_the_result_as_it_is(scenes, tmp_path, finished
     half = folder / "checkpoints" / "000000000240"
     shutil.copytree(scenes / "train", moved)
     more = {"data.index": moved, "run.mirror": f"file://{mirror}", "run.save_every_samples": 96, "run.recompute": "true",
-            "eval.every_samples": 480, "eval.held_out": moved}
+            "eval.every_samples": 480, "eval.held_out": moved, "optim.batch_size": 16, "model.image.size": 24}  # two as before
     done = command("uniclip-train", "resume", half, *(f"--set={key}={value}" for key, value in more.items()))
     assert done.returncode == 0, done.stderr
     assert [row for row in (folder / "metrics.jsonl").read_text().splitlines() if "held_out_loss" in row]

@@ -174,20 +174,20 @@ class Saver:
             self.wait()
 
     def close(self) -> None:
-        """Give the threads back; what they are writing and copying will be."""
+        """Give the threads back; what they are writing is written when this returns, what they are copying will be."""
         self._writer.shutdown()
-        self._copier.shutdown()
+        self._copier.shutdown(wait=False)  # after an error the other ranks must hear of it before a slow mirror has all
 
     def _uncopied(self) -> list[Path]:
         return [folder for folder, copy in self._copies.items() if not copy.done()]
 
     def _save(self, taken: Snapshot) -> None:
-        folder = save(self._run, taken, self._keep, self._uncopied())
+        for copy in self._copies.values():
+            copy.cancel()  # this one will be copied instead
+        copying = self._uncopied()
+        folder = save(self._run, taken, self._keep, copying)
         if self._mirror:
-            for copy in self._copies.values():
-                copy.cancel()
-            waiting = self._uncopied()
-            self._copies = {one: self._copies[one] for one in waiting} | {folder: self._copier.submit(self._copy, folder)}
+            self._copies = {one: self._copies[one] for one in copying} | {folder: self._copier.submit(self._copy, folder)}
 
     def _copy(self, folder: Path) -> None:
         try:

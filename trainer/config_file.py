@@ -3,6 +3,7 @@
 import difflib
 import tomllib
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,15 @@ def _upon(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration of a run that goes on with other settings. Raises InputError for one that must stay."""
+    """The configuration of a run that goes on with other settings. Raises InputError for one that must stay and would not."""
     run = config.run.folder
-    wanted = _checked(config.model_dump(mode="json", exclude_none=True), overrides, run / "config.toml")
+    before = config.model_dump(mode="json", exclude_none=True)
+    wanted = _checked(deepcopy(before), overrides, run / "config.toml")
+    after = wanted.model_dump(mode="json", exclude_none=True)
     for override in overrides:
         section, _, name = override.partition("=")[0].partition(".")
-        if name not in MAY_CHANGE.get(section, ()):
+        key = name.partition(".")[0]
+        if name not in MAY_CHANGE.get(section, ()) and before[section].get(key) != after[section].get(key):
             raise InputError(f"--set {override}: with another {section}.{name} it would be another run: `uniclip-train run "
                              f"{run}/config.toml --set {override} --set run.folder=…` starts one, with --set init.image={run} "
                              f"--set init.text={run} from the weights of this")

@@ -40,6 +40,7 @@ class Mirror:
         """A finished checkpoint of this machine → its copy; the `keep` newest stay. Raises WorkFailed."""
         run, target = folder.parent.parent, f"{self._root}/checkpoints/{folder.name}"
         try:
+            self._leave(folder.name, target)
             self._fs.makedirs(target, exist_ok=True)
             for path in sorted(folder.iterdir(), key=lambda path: path.name == STATE):
                 self._fs.put_file(str(path), f"{target}/{path.name}")
@@ -52,6 +53,16 @@ class Mirror:
         except Exception as error:  # each filesystem raises its own
             raise WorkFailed(f"run.mirror {self.url} did not take {folder.name} ({error}); the checkpoint in {folder} is "
                              "whole") from error
+
+    def _leave(self, name: str, target: str) -> None:
+        """Where the line that the run has left has a copy of this number, `latest` names an earlier one, then it goes."""
+        if not self._fs.exists(target):
+            return
+        earlier = [other for other in self._names() if other.isdigit() and other < name
+                   and self._fs.exists(f"{self._root}/checkpoints/{other}/{STATE}")]
+        if self.newest() >= name and earlier:
+            self._fs.pipe_file(f"{self._root}/checkpoints/{LATEST}", max(earlier).encode())
+        self._fs.rm(target, recursive=True)
 
     @contextmanager
     def _reading(self) -> Generator[None]:
