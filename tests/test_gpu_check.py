@@ -88,6 +88,7 @@ def test_parts_are_measured_and_what_is_exact_holds_on_the_cpu_too(quick):
         assert record["status"] == "measured" and record["commit"] and "torch" in record["versions"]
         assert {target.verdict(record["figures"][target.figure], True) for target in PARTS[name].targets} <= {"met"}
         assert "markdown" not in record["figures"]
+    assert parts["stream.pixels"]["figures"]["views"] == 768
     assert out.with_suffix(".md").read_text().endswith(table(parts))
     assert "| of product |" in (out.parent / "figures-profile.b32.md").read_text()
 
@@ -139,3 +140,6 @@ def test_every_other_part_runs(name, tmp_path):
     figures = parts[name]["figures"]
     for target in PARTS[name].targets:
         assert figures[target.figure] > 0 or target.figure in ("data_wait", "device_gib", "cpu")  # CPU against CPU
+    assert 0 <= figures.get("data_wait", 0) <= 1
+    if "open_clip" in figures:
+        assert figures["ratio"] == pytest.approx(figures["images_per_second"] / figures["open_clip"])

@@ -122,7 +122,7 @@ PARTS: dict[str, Part] = {
         (Target("vectors_equal", "vectors on the CPU", least=True, exact=True),
          Target("mean", "Pillow's pixels", "/ 255", most=0.3, exact=True),
          Target("quantile_999", "Pillow's pixels", "/ 255", most=4, exact=True)),
-        ("nvidia.dali",), small={"count": 24, "batch": 12}),
+        ("nvidia.dali",)),
     "stream.speed": Part(
         "three 224-px views of 256-px JPEGs", lambda: _stream().speed,
         (Target("samples_per_second", "samples of three views", least=6000), Target("ratio", "torchvision on all cores", "×"),
