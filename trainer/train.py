@@ -24,6 +24,7 @@ from trainer.mirror import Mirror
 from trainer.objectives import Objective
 from trainer.optim import learning_rate, set_rate
 from trainer.orders import Orders, Stopped
+from trainer.saver import Saver
 from trainer.step import clipped, global_loss, gradient_norms, update
 from trainer.training import Training, restored, snapshot, start
 from trainer.validation import Validation
@@ -69,7 +70,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
     be written.
     """
     run, optim, ranks, orders = config.run, config.optim, t.ranks, orders or Orders()
-    validation, saver = Validation(config, t, orders), checkpoint.Saver(run)
+    validation, saver = Validation(config, t, orders), Saver(run)
     log, ledger = _open(config, t, saver)
     loader = t.data.loader(t.tokenizer, t.recipe, t.cursor, optim.batch_size, t.device, ranks.rank, ranks.world, ledger)
     objective, skips = Objective(config, ranks, t.model.auxiliary), Skips(run.folder, optim.skips)
@@ -126,7 +127,7 @@ def train(config: Config, t: Training, orders: Orders | None = None) -> Path:
     return saved
 
 
-def _open(config: Config, t: Training, saver: checkpoint.Saver) -> tuple[Log | None, Ledger]:
+def _open(config: Config, t: Training, saver: Saver) -> tuple[Log | None, Ledger]:
     """Make the run's folder what it must be before the first step → the log of rank 0, the ledger."""
     folder, samples = config.run.folder, t.cursor.samples_seen
     saver.newest = samples or None
@@ -147,7 +148,7 @@ def _open(config: Config, t: Training, saver: checkpoint.Saver) -> tuple[Log | N
     return log, Ledger.resumed(folder / LEDGER, config.data.bad_sample_budget, samples, t.ranks.sum)
 
 
-def _save(config: Config, t: Training, saver: checkpoint.Saver, seconds: float) -> None:
+def _save(config: Config, t: Training, saver: Saver, seconds: float) -> None:
     """All ranks give what they hold, rank 0 writes; nothing where there already is a checkpoint."""
     if saver.newest == t.cursor.samples_seen:
         return
@@ -158,7 +159,7 @@ def _save(config: Config, t: Training, saver: checkpoint.Saver, seconds: float) 
         saver.save(taken)
 
 
-def _finish(t: Training, saver: checkpoint.Saver) -> None:
+def _finish(t: Training, saver: Saver) -> None:
     """Until rank 0 has written and copied all, however long that takes."""
     t.ranks.until(lambda: saver.copied)
     saver.finish()
