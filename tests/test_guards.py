@@ -68,6 +68,15 @@ def test_all_ranks_leave_the_update_out_and_the_replay_finds_the_samples(poisone
     assert "weights that are not finite: text.token.weight" in done.stdout
 
 
+def test_a_replay_looks_where_the_data_of_its_run_is_now(poisoned, scenes, tmp_path):
+    folder, at, _ = poisoned
+    text = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(text.replace(str(scenes / "train"), str(tmp_path / "gone")))
+    with pytest.raises(InputError, match=str(tmp_path / "gone")):
+        replay(folder / "failures" / f"{at:012d}")
+    (folder / "config.toml").write_text(text)
+
+
 def test_a_replay_of_other_data_or_of_nothing_is_refused(poisoned, tmp_path):
     with pytest.raises(InputError, match="holds no step to replay"):
         replay(tmp_path)

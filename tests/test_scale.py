@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from typer.testing import CliRunner
 
-from pipeline.console import InputError
+from pipeline.console import InputError, WorkFailed
 from tools import scale, scale_machine
 from tools.scale_machine import Known, Machine, given, measured
 from tools.scale_model import Work, all_gather, all_reduce, choose, predict
@@ -240,6 +240,18 @@ def test_the_constants_of_the_loss_are_the_benchmarks():
     from tools import bench_loss
     assert (scale_machine.VIEWS, scale_machine.TEXTS, scale_machine.WIDTH) == (
         bench_loss.VIEWS, bench_loss.TEXTS, bench_loss.WIDTH)
+
+
+def test_a_process_that_is_gone_ends_the_measurement_with_a_word(tmp_path):
+    from tools.scale_validate import World
+    world = World(load_config("scenes-tiny", ["model.text.vocabulary=train"]), 1, tmp_path)
+    try:
+        assert min(world.seconds("matmul", 8)) >= 0
+        world._processes[0].kill()
+        with pytest.raises(WorkFailed, match="one of 1 processes ended while it measured matmul of 8"):
+            world.seconds("matmul", 8)
+    finally:
+        world.close()
 
 
 @pytest.mark.slow

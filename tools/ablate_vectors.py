@@ -24,21 +24,26 @@ from trainer.batches import IMAGE_BATCH
 from trainer.distributed import pick_device
 from trainer.export import open_model
 from trainer.metrics import retrieval_recalls
+from trainer.model import UniCLIP
 
 VECTORS = ("true", "identity", "shuffled")
 CENTRE = "central square"
 METRIC = "image_to_text_recall@1"
 
 
-def _views(images: list[bytes], size: int, kinds: dict) -> dict[str, tuple[Tensor, np.ndarray]]:
-    """Way of seeing → pixels (N, 3, S, S) and the vectors (N, 11) that made them."""
+def _features(model: UniCLIP, images: list[bytes], size: int, kinds: dict, device: str) -> dict[str, tuple[Tensor, np.ndarray]]:
+    """Way of seeing → features of its views (N, W) and the vectors (N, 11) that made them."""
     ids, size_N2 = np.array([sample_id_of(image) for image in images]), np.array([upright_rgb(x).size for x in images])
     vector_NVA = np.concatenate([np.stack([center_crop(*each) for each in size_N2.tolist()])[:, None],
                                  sample_vectors(0, 0, 0, ids, size_N2, tuple(kinds.values()))], axis=1)
-    executor = PillowExecutor(size)
-    views, _, _ = executor(images, vector_NVA, ids)
+    executor, parts = PillowExecutor(size), []
+    for start in range(0, len(images), IMAGE_BATCH):
+        part = slice(start, start + IMAGE_BATCH)
+        views, _, _ = executor(images[part], vector_NVA[part], ids[part])
+        parts.append([model.image_features(view.to(device)) for view in views])
     executor.close()
-    return {name: (view, vector_NVA[:, v]) for v, (name, view) in enumerate(zip((CENTRE, *kinds), views, strict=True))}
+    return {name: (torch.cat(h_of_parts), vector_NVA[:, v])
+            for v, (name, h_of_parts) in enumerate(zip((CENTRE, *kinds), zip(*parts, strict=True), strict=True))}
 
 
 @torch.inference_mode()
@@ -56,8 +61,8 @@ def recalls(place: Path, evalset: EvalSet, device: str = "cpu") -> dict[tuple[st
     data = loaded.config.data
     kinds = dict(zip(data.view_names(), data.kinds(), strict=True))  # of two alike one
     found = {}
-    for name, (pixels, vector_NA) in _views([image for _, image, _ in examples], loaded.image_size, kinds).items():
-        h_NW = torch.cat([model.image_features(part.to(device)) for part in pixels.split(IMAGE_BATCH)])
+    images = [image for _, image, _ in examples]
+    for name, (h_NW, vector_NA) in _features(model, images, loaded.image_size, kinds, device).items():
         order_N = np.random.default_rng(0).permutation(len(vector_NA))
         given = {"true": vector_NA, "identity": np.tile(IDENTITY, (len(vector_NA), 1)), "shuffled": vector_NA.copy()}
         given["shuffled"][order_N] = vector_NA[np.roll(order_N, 1)]  # nobody keeps its own

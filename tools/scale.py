@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import matplotlib
 import typer
 
-from pipeline.console import InputError, say
+from pipeline.console import InputError, WorkFailed, say
 from tools.scale_machine import Known, given, measured
 from tools.scale_model import Choice, Prediction, Work, choose
 from trainer.config import Config
@@ -153,6 +153,9 @@ def main(
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except WorkFailed as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
     if picture:
         plot(Path(config).stem, rows, picture)
     if as_json:

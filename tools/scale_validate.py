@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.console import WorkFailed
 from pipeline.schema import VECTOR_SIZE
 from tools.scale_machine import Machine
 from tools.scale_model import Prediction, Work, predict, resized
@@ -114,16 +115,20 @@ class World:
             process.start()
 
     def seconds(self, name: str, argument: int) -> tuple[float, float]:
-        """On the wall, of the slowest; of a processor, on average."""
-        for pipe in self._pipes:
-            pipe.send((name, argument))
-        walls, works = zip(*(pipe.recv() for pipe in self._pipes), strict=True)
+        """On the wall, of the slowest; of a processor, on average. Raises WorkFailed when one of them is gone."""
+        try:
+            for pipe in self._pipes:
+                pipe.send((name, argument))
+            walls, works = zip(*(pipe.recv() for pipe in self._pipes), strict=True)
+        except (EOFError, OSError):
+            raise WorkFailed(f"one of {len(self._pipes)} processes ended while it measured {name} of {argument}, as one does "
+                             "that is killed for want of memory: see what it said above, and try again") from None
         return max(walls), mean(works)
 
     def close(self) -> None:
         """End them."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
-            if process.is_alive():
+            with suppress(OSError):  # it is gone
                 pipe.send(None)
             process.join(20)
             process.kill()

@@ -29,6 +29,7 @@ from trainer.model import UniCLIP
 
 WEIGHTS, AVERAGE, OPTIMIZER, TOKENIZER, CONFIG, STATE, LATEST = (
     "model.safetensors", "average.safetensors", "optimizer.pt", "tokenizer.json", "config.toml", "state.json", "latest")
+FAILURES = "failures"  # folder of a run: checkpoints without optimizer, see trainer.failures
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ def find(path: Path) -> Path:
 
 
 def run_of(folder: Path) -> Path:
-    """The run of a checkpoint's folder; the folder itself where that stands alone."""
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    """The run of a folder inside its checkpoints/ or failures/; the folder itself where that stands alone."""
+    return folder.parent.parent if folder.parent.name in {"checkpoints", FAILURES} else folder
 
 
 def _others(checkpoints: Path, damaged: Path | None = None) -> str:

@@ -20,7 +20,7 @@ from trainer.objectives import Objective
 from trainer.step import global_loss
 from trainer.training import Training, restored, snapshot
 
-FOLDER, KEPT = "failures", 3
+KEPT = 3
 BATCH = ("vectors", "tokens", "sample_id", "group_id", "valid")
 
 
@@ -33,7 +33,7 @@ class Skips:
     def skip(self, config: Config, t: Training, batch: Batch, loss: Tensor, gradient: Tensor) -> None:
         """Keep the step for `replay`, on all ranks together. Raises WorkFailed past the budget."""
         t.skipped += 1
-        folder = self._run / FOLDER / f"{t.cursor.samples_seen:012d}"
+        folder = self._run / checkpoint.FAILURES / f"{t.cursor.samples_seen:012d}"
         try:
             _keep(folder, config, t, batch)
             again = f"`uniclip-train replay {folder}` runs the step again"
@@ -81,7 +81,7 @@ def replay(folder: Path) -> None:
     """
     kept = sorted(folder.glob("rank*.safetensors"))
     if not kept:
-        raise InputError(f"{folder} holds no step to replay: give a folder inside RUN/{FOLDER}/")
+        raise InputError(f"{folder} holds no step to replay: give a folder inside RUN/{checkpoint.FAILURES}/")
     config = checkpoint.load_model(folder, average=False).config
     with process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
         _, t = restored(folder, device, ranks)
