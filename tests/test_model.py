@@ -149,3 +149,10 @@ def test_the_rate_warms_up_and_ends_at_zero():
 def test_wrong_shapes_are_refused_under_pytest():
     with pytest.raises(Exception, match="11"):
         AugmentationEncoder()(torch.zeros(2, 10))
+
+
+def test_a_deep_mlp_begins_with_different_directions_for_different_inputs():
+    torch.manual_seed(0)
+    z_BD = torch.nn.functional.normalize(MlpHead(128, 64, 6, 128)(torch.randn(64, 128), torch.randn(64, 64)), dim=1)
+    cosine_BB = z_BD @ z_BD.T
+    assert cosine_BB[~torch.eye(64, dtype=torch.bool)].mean() < 0.7  # torch's own start: 0.999
