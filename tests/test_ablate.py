@@ -3,15 +3,20 @@
 import csv
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import tomli_w
-import typer
 from conftest import ROOT
 from short_runs import TINY
 
 from pipeline.console import InputError
+from pipeline.index import MANIFEST_NAME
 from tools.ablate import main, run_all
 from tools.grid import Grid
 from tools.grid_tables import table_of, write_tables
@@ -39,9 +44,7 @@ def test_cells_are_trained_evaluated_and_then_left_alone(scenes, tmp_path, capfd
     assert [(path / "run" / "metrics.jsonl").read_text() for path in cells] == before, "it was not trained again"
     assert "2 cells, 1 of them done" in "".join(capfd.readouterr())
     assert checkpoint.read_state(checkpoint.find(cells[1] / "run")).cursor.samples_seen == 32
-    with pytest.raises(typer.Exit) as end:
-        main(tmp_path / "grid.toml", report=True)
-    assert end.value.exit_code == 0
+    main(tmp_path / "grid.toml", report=True)
     assert "| linear | 1 |" in (tmp_path / "out" / "tables.md").read_text()
 
 
@@ -74,7 +77,7 @@ def test_tables_hold_means_errors_and_differences_seed_by_seed(scenes, tmp_path)
         for seed, value in enumerate(values):
             cell = grid.cell(rows[row], seed)
             cell.folder.mkdir(parents=True)
-            (cell.folder / "done.json").write_text(json.dumps({"seconds": 120, "metrics": {grid.metric: value}}))
+            cell.finish(120, {grid.metric: value})
     lines = {line["row"]: line for line in table_of(grid, "5")}
     shared, full = lines["shared, unified"], lines["domain, unified"]
     assert (full["mean"], full["standard_error"]) == pytest.approx((53, 3 / math.sqrt(3)))
@@ -83,13 +86,69 @@ def test_tables_hold_means_errors_and_differences_seed_by_seed(scenes, tmp_path)
     assert lines["domain, separate"]["difference"] == pytest.approx(-10)
     assert math.isnan(lines["domain, separate"]["standard_error"])
     assert shared["paper"] == 25.51
-    assert "| shared, unified | 3 | 50.0 ± 1.2 | -3.0 ± 0.6 | 25.51 | 2.0 |" in write_tables(grid)
+    assert shared["difference_margin"] == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)  # Student's t, two degrees of freedom
+    assert "| shared, unified | 3 | 50.0 ± 1.2 | **-3.0 ± 0.6** | 25.51 | 2.0 |" in write_tables(grid)
     assert (tmp_path / "out" / "tables.png").stat().st_size > 5000
     assert len(list(csv.DictReader((tmp_path / "out" / "tables.csv").open()))) == 3 + 1  # the head's full model is the same
     cells = list(csv.DictReader((tmp_path / "out" / "cells.csv").open()))
     assert [(row["row"], row["seed"], float(row["value"])) for row in cells[:3]] == [
         ("shared, unified", str(seed), value) for seed, value in enumerate(found["shared, unified"])]
     assert len(cells) == 3 + 3 + 1 + 3
+
+
+def test_another_set_or_other_data_make_a_cell_undone(scenes, tmp_path):
+    sets = tmp_path / "sets"
+    shutil.copytree(scenes / "evalsets" / "retrieval", sets / "a")
+    shutil.copytree(scenes / "evalsets" / "colour", sets / "b")
+    shutil.copytree(scenes / "train", tmp_path / "train")
+    more = {"overrides": [f"data.index={tmp_path / 'train'}"], "rows": {"one": {"full": []}}, "full": {"one": "full"}}
+    cell = grid_of(scenes, tmp_path, evaluate=str(sets / "a"), **more).cell((), 0)
+    cell.folder.mkdir(parents=True)
+    cell.finish(1, {"image_to_text_recall@1": 0.5})
+    assert cell.done
+    other = grid_of(scenes, tmp_path, evaluate=str(sets / "b"), **more)
+    assert other.cell((), 0).folder == cell.folder
+    assert not other.cell((), 0).done
+    with pytest.raises(InputError, match="none of the 1 finished cells"):
+        write_tables(other)
+    shutil.rmtree(sets)  # to report what was found needs no set
+    same = grid_of(scenes, tmp_path, evaluate=str(sets / "a"), **more)
+    assert same.cell((), 0).done
+    manifest = tmp_path / "train" / MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace(json.loads(manifest.read_text())["fingerprint"], "0" * 64))
+    assert not same.cell((), 0).done
+
+
+def test_a_cell_belongs_to_one_process_that_a_trained_one_keeps_it_from(scenes, tmp_path):
+    grid = grid_of(scenes, tmp_path)
+    with grid.cell((), 0).alone() as lock:
+        assert lock
+        sleeper = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
+    (wrong,) = run_all(grid, 1, 0)  # the other cell is done
+    assert "another process is at work there" in wrong
+    sleeper.kill()
+    sleeper.wait()
+    with grid.cell((), 0).alone() as lock:
+        assert lock
+
+
+@pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGINT])
+def test_an_order_to_end_lets_the_runs_save_what_they_have(scenes, tmp_path, order):
+    long = [f"{key}={value}" for key, value in (TINY | {"optim.samples": 10**6, "data.index": scenes / "train",
+                                                        "run.save_every_samples": 10**6}).items()]
+    grid = grid_of(scenes, tmp_path, overrides=[*long, "data.executor=pillow", "run.device=cpu"], rows={"one": {"full": []}},
+                   full={"one": "full"})
+    tool = subprocess.Popen([sys.executable, "-m", "tools.ablate", tmp_path / "grid.toml"], cwd=ROOT, start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = grid.cell((), 0).folder / "run"
+    while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert tool.poll() is None
+        time.sleep(0.1)
+    os.killpg(tool.pid, order)
+    assert tool.wait(60) != 0
+    assert 0 < checkpoint.read_state(checkpoint.find(run)).cursor.samples_seen < 10**6
+    with grid.cell((), 0).alone() as lock:
+        assert lock, "its run has ended"
 
 
 def test_equal_configurations_are_one_cell(scenes, tmp_path):
@@ -102,6 +161,7 @@ def test_equal_configurations_are_one_cell(scenes, tmp_path):
 @pytest.mark.parametrize("more, message", [
     ({"tables": ["7"]}, "no table 7; known: 4a"), ({"full": {}}, "full.heads must name one of its rows: full, linear"),
     ({"seeds": []}, "seeds"), ({"colour": 1}, "colour: Extra"),
+    ({"metric": "image_to_text_recall@2"}, "metric: .*image_to_text_recall@2 is none of image_to_text_recall@1"),
 ])
 def test_a_grid_that_cannot_be_is_refused(scenes, tmp_path, more, message):
     with pytest.raises(InputError, match=message):

@@ -52,7 +52,11 @@ def test_the_vector_is_all_that_differs(scenes, run, monkeypatch):
     assert all(deaf[name, which] == deaf[name, "true"] for name, which in deaf)
 
 
-def test_a_head_without_the_embedding_is_refused(scenes, tmp_path):
-    begin(scenes, tmp_path / "run", **{"model.head.augmentation": "false", "optim.samples": 32})
-    done = command("python", "-m", "tools.ablate_vectors", scenes / "evalsets/retrieval", tmp_path / "run")
-    assert done.returncode == 2 and "its head takes no augmentation vector" in done.stderr.splitlines()[-1]
+def test_a_model_that_takes_no_vector_is_seen_in_every_way_too(scenes, run, tmp_path):
+    plain, evalset = tmp_path / "run", scenes / "evalsets/retrieval"
+    begin(scenes, plain, **{"objective.name": "clip", "optim.samples": 32, "optim.warmup_samples": 16})
+    done = command("python", "-m", "tools.ablate_vectors", evalset, plain)
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[4:]] == [CENTRE, "weak"], done.stderr
+    assert all(line.split("|")[3:5] == ["  ", "  "] for line in done.stdout.splitlines()[4:])
+    done = command("python", "-m", "tools.ablate_vectors", evalset, run, plain)
+    assert done.returncode == 2 and "give runs of one configuration" in done.stderr.splitlines()[-1]

@@ -6,6 +6,9 @@ are the same configuration share their cells.
 
     FOLDER/cells/HASH/run, train.log, eval.log, done.json     FOLDER/tables.md, tables.csv, tables.png, cells.csv
 
+done.json names the data and the evaluation set by their digests: with another set a cell is evaluated again, with other data
+it is not done, and its run refuses to go on: remove its folder. Code has no part in it: remove what is to be run again.
+
 A grid says: base (preset or file), folder, overrides (of every cell), seeds, tables (of tools.paper_rows), rows (more tables:
 name → row → overrides) with full (name → the row that others are held against), evaluate (a retrieval set), metric.
 """
@@ -19,13 +22,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import torch
 import typer
 
-from pipeline.console import InputError, say
-from pipeline.files import write_json
+from evaluation.evaluate import RESULTS
+from pipeline.console import InputError, WorkFailed, run, say
 from pipeline.progress import clock
 from tools.grid import Cell, Grid
 from tools.grid_tables import write_tables
@@ -50,13 +53,14 @@ class Stop:
             for process in self._running:
                 process.send_signal(signal.SIGTERM)
 
-    def run(self, words: list[str | Path], log: Path, environment: dict[str, str]) -> int:
-        """Run a command into its log → exit status."""
+    def run(self, words: list[str | Path], log: Path, environment: dict[str, str], lock: IO) -> int:
+        """Run a command into its log → exit status. It has `lock` as long as it lives, and hears no Ctrl-C."""
         with log.open("a") as file:
             with self._lock:
                 if self._stopped:
                     return 0
-                process = subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | environment)
+                process = subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | environment,
+                                           pass_fds=[lock.fileno()], start_new_session=True)
                 self._running.add(process)
             try:
                 return process.wait()
@@ -67,26 +71,31 @@ class Stop:
 
 def work(grid: Grid, cell: Cell, environment: dict[str, str], stop: Stop) -> str:
     """Train and evaluate as far as it is not done → what went wrong, or nothing."""
-    run, folder = cell.folder / "run", cell.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = (run / "checkpoints" / checkpoint.LATEST).is_file()
-    words = ["resume", run] if begun else ["run", grid.base, *cell.words]
-    failed = stop.run([BIN / "uniclip-train", *words], folder / "train.log", environment)
-    if stop:  # also a process that was ended while it started
-        return ""
-    if failed:
-        return f"{folder / 'train.log'}: {_last_line(folder / 'train.log')}"
-    state = checkpoint.read_state(checkpoint.find(run))
-    if state.cursor.samples_seen < cell.config.optim.samples:
-        return f"{run} stopped at {state.cursor.samples_seen:,} samples"
-    failed = stop.run([BIN / "uniclip-eval", "retrieval", run, grid.evaluate], folder / "eval.log", environment)
-    if stop:
-        return ""
-    if failed:
-        return f"{folder / 'eval.log'}: {_last_line(folder / 'eval.log')}"
-    rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    write_json(folder / "done.json", {"seconds": state.seconds, "overrides": cell.words[1::2],
-                                      "metrics": {row["metric"]: row["value"] for row in rows}})
+    with cell.alone() as lock:
+        if not lock:
+            return f"{cell.folder}: another process is at work there; wait for it, or end it"
+        if cell.done:  # by now
+            return ""
+        run, folder = cell.folder / "run", cell.folder
+        begun = (run / "checkpoints" / checkpoint.LATEST).is_file()
+        words = ["resume", run] if begun else ["run", grid.base, *cell.words]
+        failed = stop.run([BIN / "uniclip-train", *words], folder / "train.log", environment, lock)
+        if stop:  # also a process that was ended while it started
+            return ""
+        if failed:
+            return f"{folder / 'train.log'}: {_last_line(folder / 'train.log')}"
+        last = checkpoint.find(run)
+        state = checkpoint.read_state(last)
+        if state.cursor.samples_seen < cell.config.optim.samples:
+            return f"{run} stopped at {state.cursor.samples_seen:,} samples"
+        failed = stop.run([BIN / "uniclip-eval", "retrieval", run, grid.evaluate], folder / "eval.log", environment, lock)
+        if stop:
+            return ""
+        if failed:
+            return f"{folder / 'eval.log'}: {_last_line(folder / 'eval.log')}"
+        rows = [json.loads(line) for line in (run / RESULTS).read_text().splitlines()]
+        cell.finish(state.seconds, {row["metric"]: row["value"] for row in rows if
+                                    (row["data_sha256"], row["checkpoint"]) == (grid.evaluated, last.name)})
     return ""
 
 
@@ -113,6 +122,8 @@ def run_all(grid: Grid, processes: int, minutes: float) -> list[str]:
         environment = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
         try:
             wrong = "" if stop else work(grid, cell, {"OMP_NUM_THREADS": "1"} | environment, stop)
+        except (InputError, OSError) as error:
+            wrong = f"{cell.folder}: {error}"
         finally:
             with lock:
                 free.append(slot)
@@ -141,18 +152,22 @@ def main(grid: Annotated[Path, typer.Argument(help="TOML file that says what is 
          processes: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
          minutes: Annotated[float, typer.Option(help="Stop, resumably, after so many; 0 for never.")] = 0.0,
          report: Annotated[bool, typer.Option("--report", help="Only write the tables of what is finished.")] = False) -> None:
-    """Run what is not done, then write the tables."""
-    try:
-        wanted = Grid.read(grid)
-        wanted.folder.mkdir(parents=True, exist_ok=True)
-        wrong = [] if report else run_all(wanted, processes, minutes)
-        say(write_tables(wanted))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    for line in wrong:
-        say(f"failed: {line}")
-    raise typer.Exit(1 if wrong else 0)
+    """Run what is not done, then write the tables.
+
+    Example: `python -m tools.ablate tools/grids/scenes.toml --processes 2`
+    """
+    for order in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(order) == signal.SIG_DFL:  # nohup ignores the second
+            signal.signal(order, signal.default_int_handler)
+    wanted = Grid.read(grid)
+    wanted.folder.mkdir(parents=True, exist_ok=True)
+    wrong = [] if report else run_all(wanted, processes, minutes)
+    say(write_tables(wanted))
+    if wrong:
+        raise WorkFailed("\n".join(["some cells failed:", *wrong]))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    run(app)

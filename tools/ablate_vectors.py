@@ -1,7 +1,8 @@
 """What the augmentation embedding is worth when a trained model is used: `python -m tools.ablate_vectors SET RUN [RUN …]`.
 
-Every image of a captioned set is seen in each way the run was trained with, and as evaluation sees it (its central square).
-Its embedding is then computed with the vector that made the view, with the identity, and with another image's vector.
+Every image of a captioned set is seen as evaluation sees it (its central square), as a weak view, and in each way the run was
+trained with. Its embedding is then computed with the vector that made the view, with the identity, and with another image's
+vector; of a model without the embedding once, for it takes none.
 """
 
 import json
@@ -17,7 +18,7 @@ from pipeline.console import InputError, run, say
 from pipeline.evalsets import RETRIEVAL, EvalSet, open_evalset
 from pipeline.images import upright_rgb
 from pipeline.replay import PillowExecutor, center_crop
-from pipeline.sampling import sample_vectors
+from pipeline.sampling import ViewKind, sample_vectors
 from pipeline.schema import IDENTITY, sample_id_of
 from tools.grid_tables import mean_and_error
 from trainer.batches import IMAGE_BATCH
@@ -48,25 +49,23 @@ def _features(model: UniCLIP, images: list[bytes], size: int, kinds: dict, devic
 
 @torch.inference_mode()
 def recalls(place: Path, evalset: EvalSet, device: str = "cpu") -> dict[tuple[str, str], float]:
-    """(way of seeing, vector) → recall@1 of image → text. Raises InputError for a model without the embedding."""
+    """(way of seeing, vector) → recall@1 of image → text; "true" alone where a model takes no vector. Raises InputError."""
     loaded = open_model(place, device)
     model = loaded.model
-    if model.augmentation is None:
-        raise InputError(f"{place}: its head takes no augmentation vector (model.head.augmentation = false)")
     examples = list(evalset.examples())
     captions = [caption for _, _, own in examples if isinstance(own, list) for caption in own]
     image_of_text_T = np.repeat(np.arange(len(examples)), [len(own) for _, _, own in examples if isinstance(own, list)])
     token_TL = torch.from_numpy(loaded.tokenizer(captions)).to(device)
     text_TD = torch.cat([model.encode_text(part) for part in token_TL.split(IMAGE_BATCH)])
     data = loaded.config.data
-    kinds = dict(zip(data.view_names(), data.kinds(), strict=True))  # of two alike one
+    kinds = {"weak": ViewKind(**vars(data.weak))} | dict(zip(data.view_names(), data.kinds(), strict=True))  # of two alike one
     found = {}
     images = [image for _, image, _ in examples]
     for name, (h_NW, vector_NA) in _features(model, images, loaded.image_size, kinds, device).items():
         order_N = np.random.default_rng(0).permutation(len(vector_NA))
         given = {"true": vector_NA, "identity": np.tile(IDENTITY, (len(vector_NA), 1)), "shuffled": vector_NA.copy()}
         given["shuffled"][order_N] = vector_NA[np.roll(order_N, 1)]  # nobody keeps its own
-        for which in VECTORS:
+        for which in VECTORS if model.augmentation else VECTORS[:1]:
             z_ND = model.project_image(h_NW, torch.from_numpy(given[which]).to(device))
             found[name, which] = retrieval_recalls(z_ND, text_TD, image_of_text_T)[METRIC]
     return found
@@ -79,6 +78,9 @@ def table(found: list[dict[tuple[str, str], float]]) -> str:
     for name in dict.fromkeys(name for name, _ in found[0]):
         cells = []
         for which in VECTORS:
+            if (name, which) not in found[0]:
+                cells.append("")
+                continue
             mean, error = mean_and_error([100 * one[name, which] for one in found])
             drop, drop_error = mean_and_error([100 * (one[name, which] - one[name, "true"]) for one in found])
             cells.append(f"{mean:.1f} ± {error:.1f}" + ("" if which == "true" else f" ({drop:+.1f} ± {drop_error:.1f})"))
@@ -98,6 +100,8 @@ def main(evalset: Annotated[Path, typer.Argument(help="A captioned evaluation se
     if wanted.kind != RETRIEVAL:
         raise InputError(f"{evalset} is no captioned set: give one with captions")
     found = [recalls(place, wanted, pick_device(device, "--device ")) for place in runs]
+    if other := [place for place, one in zip(runs, found, strict=True) if one.keys() != found[0].keys()]:
+        raise InputError(f"{other[0]} has other views or another head than {runs[0]}: give runs of one configuration")
     if out:
         out.write_text(json.dumps([{"run": str(place), "seen_as": name, "vector": which, METRIC: value}
                                    for place, one in zip(runs, found, strict=True) for (name, which), value in one.items()],

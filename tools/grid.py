@@ -1,17 +1,28 @@
 """A grid of ablations: tables of rows, each row a configuration, each cell a row with a seed. See tools.ablate."""
 
+import fcntl
 import hashlib
 import json
 import tomllib
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import IO
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
+from evaluation.outcomes import METRICS
 from pipeline.console import InputError
+from pipeline.evalsets import open_evalset
+from pipeline.files import write_json
+from pipeline.index import manifest_of
 from tools.paper_rows import FULL, ROWS
 from trainer.config import Config, Here, Section
 from trainer.config_file import load_config
+
+DONE = "done.json"
 
 
 class Grid(Section):
@@ -26,6 +37,14 @@ class Grid(Section):
     full: dict[str, str] = {}
     evaluate: Here
     metric: str = "image_to_text_recall@1"
+
+    @field_validator("metric")
+    @classmethod
+    def _of_retrieval(cls, given: str) -> str:
+        known = [name for name, (whose, _, _) in METRICS.items() if whose != "class"]
+        if given not in known:
+            raise ValueError(f"{given} is none of {', '.join(known)}")
+        return given
 
     @classmethod
     def read(cls, path: Path) -> "Grid":
@@ -52,22 +71,50 @@ class Grid(Section):
         """Raises InputError for overrides that do not go together."""
         placed = [*self.overrides, *overrides, f"run.seed={seed}"]
         config = load_config(self.base, [*placed, f"run.folder={self.folder}"])
-        name = hashlib.sha256(config.to_toml().encode()).hexdigest()[:12]
-        folder = self.folder / "cells" / name
+        folder = self.cells / hashlib.sha256(config.to_toml().encode()).hexdigest()[:12]
+        data = manifest_of(config.data.index).get("fingerprint", "") if config.data.index else ""
         return Cell(folder, config, [word for override in (*placed, f"run.folder={folder / 'run'}")
-                                     for word in ("--set", override)])
+                                     for word in ("--set", override)], {"data": data, "evaluated": self.evaluated})
+
+    @property
+    def cells(self) -> Path:
+        """Folder of the cells."""
+        return self.folder / "cells"
+
+    @cached_property
+    def evaluated(self) -> str:
+        """sha256 of the evaluation set, "" where it is not there any more."""
+        return open_evalset(self.evaluate).manifest_sha256 if self.evaluate.exists() else ""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration with one seed."""
+    """One configuration with one seed; upon: digests of the data it is trained and evaluated on, as far as they are there."""
 
     folder: Path
     config: Config
     words: list[str]
+    upon: dict[str, str]
 
     @property
     def done(self) -> dict | None:
-        """What its evaluation found, None before."""
-        path = self.folder / "done.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        """What its evaluation found; None before, and when it was another set or other data."""
+        path = self.folder / DONE
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        return found if found and all(found.get(name) == digest for name, digest in self.upon.items() if digest) else None
+
+    def finish(self, seconds: float, metrics: dict[str, float]) -> None:
+        """Write down what was found, after `seconds` of training."""
+        write_json(self.folder / DONE, {"seconds": seconds, "overrides": self.words[1::2], **self.upon, "metrics": metrics})
+
+    @contextmanager
+    def alone(self) -> Generator[IO | None]:
+        """Hold the cell, also for processes that are handed the file; None when another process has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+            else:
+                yield lock

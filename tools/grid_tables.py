@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from scipy.stats import t
 
-from tools.grid import Grid
+from pipeline.console import InputError
+from tools.grid import DONE, Grid
 from tools.paper_rows import in_the_paper
 
-COLUMNS = ("table", "row", "seeds", "mean", "standard_error", "difference", "difference_error", "paper", "train_minutes")
+COLUMNS = ("table", "row", "seeds", "mean", "standard_error", "difference", "difference_error", "difference_margin", "paper",
+           "train_minutes")
 CELL_COLUMNS = ("table", "row", "seed", "cell", "value", "seconds")
 
 
@@ -20,6 +23,11 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Mean, and its standard error over seeds: NaN for a single one."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
+
+
+def margin(error: float, seeds: int) -> float:
+    """Half the 95 % interval of a mean over so few seeds (Student's t); NaN for a single one."""
+    return float(t.ppf(0.975, seeds - 1)) * error if seeds > 1 else math.nan
 
 
 def table_of(grid: Grid, name: str) -> list[dict]:
@@ -34,17 +42,21 @@ def table_of(grid: Grid, name: str) -> list[dict]:
         if not value:
             continue
         both = [value[seed] - base[seed] for seed in value if seed in base and row != full]
-        difference = mean_and_error(both) if both else (math.nan, math.nan)
+        difference, error = mean_and_error(both) if both else (math.nan, math.nan)
         minutes = statistics.fmean(done["seconds"] for done in by_seed.values()) / 60
         paper = in_the_paper(name, row)
-        lines.append(dict(zip(COLUMNS, (name, row, len(value), *mean_and_error(list(value.values())), *difference,
-                                        math.nan if paper is None else paper, minutes), strict=True)))
+        lines.append(dict(zip(COLUMNS, (name, row, len(value), *mean_and_error(list(value.values())), difference, error,
+                                        margin(error, len(both)), math.nan if paper is None else paper, minutes),
+                              strict=True)))
     return lines
 
 
 def write_tables(grid: Grid) -> str:
     """tables.csv, tables.md, tables.png and, cell by cell, cells.csv of what is finished → the text of tables.md."""
     tables = {name: table_of(grid, name) for name in grid.every_table()}
+    if not any(tables.values()) and (others := list(grid.cells.glob(f"*/{DONE}"))):
+        raise InputError(f"none of the {len(others)} finished cells in {grid.cells} is of this grid, whose settings, data or "
+                         "place are others than theirs: its tables are left as they are; set another folder in the grid")
     _write(grid.folder / "tables.csv", COLUMNS, [line for lines in tables.values() for line in lines])
     _write(grid.folder / "cells.csv", CELL_COLUMNS, list(_cells(grid)))
     text = "\n".join(_markdown(grid, name, lines) for name, lines in tables.items())
@@ -89,11 +101,16 @@ def draw(grid: Grid, tables: dict[str, list[dict]], path: Path) -> None:
 
 def _markdown(grid: Grid, name: str, lines: list[dict]) -> str:
     head = [f"## Table {name}", "", f"{grid.metric} in percent, mean ± standard error over seeds; difference to "
-            f"`{grid.every_table()[name][1]}` of the same seed.", "",
+            f"`{grid.every_table()[name][1]}` of the same seed, in bold where its 95 % interval excludes 0.", "",
             "| row | seeds | value | difference | paper | minutes |", "|---|---|---|---|---|---|"]
     return "\n".join([*head, *(f"| {x['row']} | {x['seeds']} | {_with_error(x['mean'], x['standard_error'])} | "
-                               f"{_with_error(x['difference'], x['difference_error'], '+')} | {_number(x['paper'], '.2f')} | "
+                               f"{_difference(x)} | {_number(x['paper'], '.2f')} | "
                                f"{x['train_minutes']:.1f} |" for x in lines), ""])
+
+
+def _difference(line: dict) -> str:
+    told = _with_error(line["difference"], line["difference_error"], "+")
+    return f"**{told}**" if abs(line["difference"]) > line["difference_margin"] else told
 
 
 def _number(value: float, form: str) -> str:
