@@ -16,8 +16,10 @@ from conftest import ROOT
 from short_runs import TINY
 
 from pipeline.console import InputError
+from pipeline.evalsets import open_evalset
 from pipeline.index import MANIFEST_NAME
 from tools.ablate import main, run_all
+from tools.ablate_vectors import CENTRE, recalls
 from tools.grid import Grid
 from tools.grid_tables import table_of, write_tables
 from trainer import checkpoint
@@ -44,7 +46,13 @@ def test_cells_are_trained_evaluated_and_then_left_alone(scenes, tmp_path, capfd
     assert [(path / "run" / "metrics.jsonl").read_text() for path in cells] == before, "it was not trained again"
     assert "2 cells, 1 of them done" in "".join(capfd.readouterr())
     assert checkpoint.read_state(checkpoint.find(cells[1] / "run")).cursor.samples_seen == 32
-    main(tmp_path / "grid.toml", report=True)
+    main(tmp_path / "grid.toml", report=True, weak=True)
+    weak = {cell: json.loads((cell / "weak.json").read_text())["metrics"] for cell in cells}
+    seen = recalls(cells[0] / "run", open_evalset(grid.evaluate))
+    assert weak[cells[0]] == seen["weak", "true"] != seen[CENTRE, "true"]
+    assert weak[cells[0]].keys() == json.loads((cells[0] / "done.json").read_text())["metrics"].keys()
+    assert "| linear | 1 |" in (tmp_path / "out" / "weak" / "tables.md").read_text()
+    assert "seen as weak views" in (tmp_path / "out" / "weak" / "tables.md").read_text()
     assert "| linear | 1 |" in (tmp_path / "out" / "tables.md").read_text()
 
 

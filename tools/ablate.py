@@ -28,11 +28,14 @@ import torch
 import typer
 
 from evaluation.evaluate import RESULTS
-from pipeline.console import InputError, WorkFailed, run, say
+from pipeline.console import InputError, WorkFailed, run, say, track
+from pipeline.evalsets import open_evalset
 from pipeline.progress import clock
+from tools.ablate_vectors import recalls
 from tools.grid import Cell, Grid
 from tools.grid_tables import write_tables
 from trainer import checkpoint
+from trainer.distributed import pick_device
 
 BIN = Path(sys.executable).parent
 
@@ -105,8 +108,7 @@ def _last_line(path: Path) -> str:
 
 def run_all(grid: Grid, processes: int, minutes: float) -> list[str]:
     """Every cell that is not done, `processes` at a time → what went wrong."""
-    cells = {cell.folder: cell for rows, _ in grid.every_table().values() for seed in grid.seeds
-             for cell in (grid.cell(overrides, seed) for overrides in rows.values())}
+    cells = {cell.folder: cell for cell in grid.every_cell()}
     waiting = [cell for cell in cells.values() if cell.done is None]
     say(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
@@ -148,10 +150,20 @@ def run_all(grid: Grid, processes: int, minutes: float) -> list[str]:
                 timer.cancel()
 
 
+def see_as_weak(grid: Grid) -> None:
+    """Evaluate what is finished on weak views too, each with the vector that made it: on such crops as every row trained on."""
+    evalset, device = open_evalset(grid.evaluate), pick_device("auto", "")
+    cells = {cell.folder: cell for cell in grid.every_cell() if cell.done and not cell.found("weak")}
+    for cell in track(cells.values(), "evaluating on weak views"):
+        cell.finish((cell.done or {})["seconds"], recalls(cell.folder / "run", evalset, device)["weak", "true"], "weak")
+
+
 def main(grid: Annotated[Path, typer.Argument(help="TOML file that says what is run; see the module.")],
          processes: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
          minutes: Annotated[float, typer.Option(help="Stop, resumably, after so many; 0 for never.")] = 0.0,
-         report: Annotated[bool, typer.Option("--report", help="Only write the tables of what is finished.")] = False) -> None:
+         report: Annotated[bool, typer.Option("--report", help="Only write the tables of what is finished.")] = False,
+         weak: Annotated[bool, typer.Option("--weak", help="Then also evaluate on weak views: tables in FOLDER/weak.")] = False
+         ) -> None:
     """Run what is not done, then write the tables.
 
     Example: `python -m tools.ablate tools/grids/scenes.toml --processes 2`
@@ -163,6 +175,9 @@ def main(grid: Annotated[Path, typer.Argument(help="TOML file that says what is 
     wanted.folder.mkdir(parents=True, exist_ok=True)
     wrong = [] if report else run_all(wanted, processes, minutes)
     say(write_tables(wanted))
+    if weak:
+        see_as_weak(wanted)
+        say(write_tables(wanted, "weak"))
     if wrong:
         raise WorkFailed("\n".join(["some cells failed:", *wrong]))
 

@@ -48,8 +48,8 @@ def _features(model: UniCLIP, images: list[bytes], size: int, kinds: dict, devic
 
 
 @torch.inference_mode()
-def recalls(place: Path, evalset: EvalSet, device: str = "cpu") -> dict[tuple[str, str], float]:
-    """(way of seeing, vector) → recall@1 of image → text; "true" alone where a model takes no vector. Raises InputError."""
+def recalls(place: Path, evalset: EvalSet, device: str = "cpu") -> dict[tuple[str, str], dict[str, float]]:
+    """(way of seeing, vector) → recalls; "true" alone where a model takes no vector. Raises InputError."""
     loaded = open_model(place, device)
     model = loaded.model
     examples = list(evalset.examples())
@@ -67,7 +67,7 @@ def recalls(place: Path, evalset: EvalSet, device: str = "cpu") -> dict[tuple[st
         given["shuffled"][order_N] = vector_NA[np.roll(order_N, 1)]  # nobody keeps its own
         for which in VECTORS if model.augmentation else VECTORS[:1]:
             z_ND = model.project_image(h_NW, torch.from_numpy(given[which]).to(device))
-            found[name, which] = retrieval_recalls(z_ND, text_TD, image_of_text_T)[METRIC]
+            found[name, which] = retrieval_recalls(z_ND, text_TD, image_of_text_T)
     return found
 
 
@@ -99,7 +99,8 @@ def main(evalset: Annotated[Path, typer.Argument(help="A captioned evaluation se
     wanted = open_evalset(evalset)
     if wanted.kind != RETRIEVAL:
         raise InputError(f"{evalset} is no captioned set: give one with captions")
-    found = [recalls(place, wanted, pick_device(device, "--device ")) for place in runs]
+    found = [{seen: of[METRIC] for seen, of in recalls(place, wanted, pick_device(device, "--device ")).items()}
+             for place in runs]
     if other := [place for place, one in zip(runs, found, strict=True) if one.keys() != found[0].keys()]:
         raise InputError(f"{other[0]} has other views or another head than {runs[0]}: give runs of one configuration")
     if out:

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import tomllib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from tools.paper_rows import FULL, ROWS
 from trainer.config import Config, Here, Section
 from trainer.config_file import load_config
 
-DONE = "done.json"
+SEEN = {"whole": "done.json", "weak": "weak.json"}  # how the images of the evaluation set are seen → file of a cell
 
 
 class Grid(Section):
@@ -67,6 +67,12 @@ class Grid(Section):
         return {name: (ROWS[name], FULL[name]) for name in self.tables} | {
             name: (rows, self.full[name]) for name, rows in self.rows.items()}
 
+    def every_cell(self) -> Iterator["Cell"]:
+        """Of every row and seed; rows of different tables may share theirs."""
+        for rows, _ in self.every_table().values():
+            for seed in self.seeds:
+                yield from (self.cell(overrides, seed) for overrides in rows.values())
+
     def cell(self, overrides: tuple[str, ...], seed: int) -> "Cell":
         """Raises InputError for overrides that do not go together."""
         placed = [*self.overrides, *overrides, f"run.seed={seed}"]
@@ -99,13 +105,18 @@ class Cell:
     @property
     def done(self) -> dict | None:
         """What its evaluation found; None before, and when it was another set or other data."""
-        path = self.folder / DONE
+        return self.found("whole")
+
+    def found(self, seen: str) -> dict | None:
+        """The same, with images seen in one of SEEN."""
+        path = self.folder / SEEN[seen]
         found = json.loads(path.read_text()) if path.is_file() else {}
         return found if found and all(found.get(name) == digest for name, digest in self.upon.items() if digest) else None
 
-    def finish(self, seconds: float, metrics: dict[str, float]) -> None:
+    def finish(self, seconds: float, metrics: dict[str, float], seen: str = "whole") -> None:
         """Write down what was found, after `seconds` of training."""
-        write_json(self.folder / DONE, {"seconds": seconds, "overrides": self.words[1::2], **self.upon, "metrics": metrics})
+        found = {"seconds": seconds, "overrides": self.words[1::2], **self.upon, "metrics": metrics}
+        write_json(self.folder / SEEN[seen], found)
 
     @contextmanager
     def alone(self) -> Generator[IO | None]:

@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from scipy.stats import t
 
 from pipeline.console import InputError
-from tools.grid import DONE, Grid
+from tools.grid import SEEN, Grid
 from tools.paper_rows import in_the_paper
 
 COLUMNS = ("table", "row", "seeds", "mean", "standard_error", "difference", "difference_error", "difference_margin", "paper",
            "train_minutes")
+HOW = {"whole": "whole", "weak": "as weak views"}
 CELL_COLUMNS = ("table", "row", "seed", "cell", "value", "seconds")
 
 
@@ -30,10 +31,10 @@ def margin(error: float, seeds: int) -> float:
     return float(t.ppf(0.975, seeds - 1)) * error if seeds > 1 else math.nan
 
 
-def table_of(grid: Grid, name: str) -> list[dict]:
+def table_of(grid: Grid, name: str, seen: str = "whole") -> list[dict]:
     """One line for each row that has a finished cell: percentages, differences to the full model seed by seed."""
     rows, full = grid.every_table()[name]
-    found = {row: {seed: done for seed in grid.seeds if (done := grid.cell(overrides, seed).done)}
+    found = {row: {seed: done for seed in grid.seeds if (done := grid.cell(overrides, seed).found(seen))}
              for row, overrides in rows.items()}
     lines = []
     for row, by_seed in found.items():
@@ -51,18 +52,23 @@ def table_of(grid: Grid, name: str) -> list[dict]:
     return lines
 
 
-def write_tables(grid: Grid) -> str:
-    """tables.csv, tables.md, tables.png and, cell by cell, cells.csv of what is finished → the text of tables.md."""
-    tables = {name: table_of(grid, name) for name in grid.every_table()}
-    if not any(tables.values()) and (others := list(grid.cells.glob(f"*/{DONE}"))):
+def write_tables(grid: Grid, seen: str = "whole") -> str:
+    """tables.csv, tables.md, tables.png and, cell by cell, cells.csv of what is finished → the text of tables.md.
+
+    seen: a key of SEEN; of images that are not seen whole the files stand in a folder of that name.
+    """
+    tables = {name: table_of(grid, name, seen) for name in grid.every_table()}
+    if not any(tables.values()) and (others := list(grid.cells.glob(f"*/{SEEN[seen]}"))):
         raise InputError(f"none of the {len(others)} finished cells in {grid.cells} is of this grid, whose settings, data or "
                          "place are others than theirs: its tables are left as they are; set another folder in the grid")
-    _write(grid.folder / "tables.csv", COLUMNS, [line for lines in tables.values() for line in lines])
-    _write(grid.folder / "cells.csv", CELL_COLUMNS, list(_cells(grid)))
-    text = "\n".join(_markdown(grid, name, lines) for name, lines in tables.items())
-    (grid.folder / "tables.md").write_text(text)
+    folder = grid.folder if seen == "whole" else grid.folder / seen
+    folder.mkdir(exist_ok=True)
+    _write(folder / "tables.csv", COLUMNS, [line for lines in tables.values() for line in lines])
+    _write(folder / "cells.csv", CELL_COLUMNS, list(_cells(grid, seen)))
+    text = "\n".join(_markdown(grid, name, lines, seen) for name, lines in tables.items())
+    (folder / "tables.md").write_text(text)
     if any(tables.values()):
-        draw(grid, tables, grid.folder / "tables.png")
+        draw(grid, tables, folder / "tables.png", seen)
     return text
 
 
@@ -73,15 +79,15 @@ def _write(path: Path, columns: tuple[str, ...], lines: list[dict]) -> None:
         writer.writerows({key: "" if value != value else value for key, value in line.items()} for line in lines)
 
 
-def _cells(grid: Grid) -> Iterator[dict]:
+def _cells(grid: Grid, seen: str) -> Iterator[dict]:
     for name, (rows, _) in grid.every_table().items():
         for (row, overrides), seed in itertools.product(rows.items(), grid.seeds):
-            if done := (cell := grid.cell(overrides, seed)).done:
+            if done := (cell := grid.cell(overrides, seed)).found(seen):
                 yield dict(zip(CELL_COLUMNS, (name, row, seed, cell.folder.name, done["metrics"][grid.metric], done["seconds"]),
                                strict=True))
 
 
-def draw(grid: Grid, tables: dict[str, list[dict]], path: Path) -> None:
+def draw(grid: Grid, tables: dict[str, list[dict]], path: Path, seen: str) -> None:
     """A row's mean as a dot, its standard error as a bar; the full model's mean as a line."""
     shown = {name: lines for name, lines in tables.items() if lines}
     height = 0.6 * len(shown) + 0.3 * sum(map(len, shown.values())) + 0.6
@@ -95,12 +101,13 @@ def draw(grid: Grid, tables: dict[str, list[dict]], path: Path) -> None:
                 axis.axvline(x["mean"], color="gray", linewidth=0.8)
         axis.set(yticks=range(len(lines)), yticklabels=[x["row"] for x in lines], ylim=(len(lines) - 0.5, -0.5),
                  title=f"Table {name}")
-    axes[-1].set_xlabel(f"{grid.metric}, %")
+    axes[-1].set_xlabel(f"{grid.metric}, images seen {HOW[seen]}, %")
     figure.savefig(path, dpi=120)
 
 
-def _markdown(grid: Grid, name: str, lines: list[dict]) -> str:
-    head = [f"## Table {name}", "", f"{grid.metric} in percent, mean ± standard error over seeds; difference to "
+def _markdown(grid: Grid, name: str, lines: list[dict], seen: str) -> str:
+    head = [f"## Table {name}", "",
+            f"{grid.metric} in percent, images seen {HOW[seen]}, mean ± standard error over seeds; difference to "
             f"`{grid.every_table()[name][1]}` of the same seed, in bold where its 95 % interval excludes 0.", "",
             "| row | seeds | value | difference | paper | minutes |", "|---|---|---|---|---|---|"]
     return "\n".join([*head, *(f"| {x['row']} | {x['seeds']} | {_with_error(x['mean'], x['standard_error'])} | "
