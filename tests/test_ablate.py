@@ -147,16 +147,21 @@ def test_an_order_to_end_lets_the_runs_save_what_they_have(scenes, tmp_path, ord
     grid = grid_of(scenes, tmp_path, overrides=[*long, "data.executor=pillow", "run.device=cpu"], rows={"one": {"full": []}},
                    full={"one": "full"})
     tool = subprocess.Popen([sys.executable, "-m", "tools.ablate", tmp_path / "grid.toml"], cwd=ROOT, start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored by background jobs
     run = grid.cell((), 0).folder / "run"
-    while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
-        assert tool.poll() is None
-        time.sleep(0.1)
-    os.killpg(tool.pid, order)
-    assert tool.wait(60) != 0
-    assert 0 < checkpoint.read_state(checkpoint.find(run)).cursor.samples_seen < 10**6
-    with grid.cell((), 0).alone() as lock:
-        assert lock, "its run has ended"
+    try:
+        while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert tool.poll() is None
+            time.sleep(0.1)
+        os.killpg(tool.pid, order)
+        assert tool.wait(120) != 0
+        assert 0 < checkpoint.read_state(checkpoint.find(run)).cursor.samples_seen < 10**6
+        with grid.cell((), 0).alone() as lock:
+            assert lock, "its run has ended"
+    finally:
+        tool.kill()
+        subprocess.run(["pkill", "-KILL", "-f", str(run)])
 
 
 def test_equal_configurations_are_one_cell(scenes, tmp_path):
