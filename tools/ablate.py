@@ -151,7 +151,7 @@ def run_all(grid: Grid, processes: int, minutes: float) -> list[str]:
 
 
 def see_as_weak(grid: Grid) -> None:
-    """Evaluate what is finished on weak views too, each with the vector that made it: on such crops as every row trained on."""
+    """Evaluate what is finished on weak views too, each with the vector that made it: a kind that most rows trained on."""
     evalset, device = open_evalset(grid.evaluate), pick_device("auto", "")
     cells = {cell.folder: cell for cell in grid.every_cell() if cell.done and not cell.found("weak")}
     for cell in track(cells.values(), "evaluating on weak views"):
@@ -174,12 +174,14 @@ def main(grid: Annotated[Path, typer.Argument(help="TOML file that says what is 
     wanted = Grid.read(grid)
     wanted.folder.mkdir(parents=True, exist_ok=True)
     wrong = [] if report else run_all(wanted, processes, minutes)
+    for line in wrong:
+        say(f"failed: {line}")
     say(write_tables(wanted))
     if weak:
         see_as_weak(wanted)
         say(write_tables(wanted, "weak"))
     if wrong:
-        raise WorkFailed("\n".join(["some cells failed:", *wrong]))
+        raise WorkFailed(f"{len(wrong)} cells failed, see above the tables")
 
 
 if __name__ == "__main__":

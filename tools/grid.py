@@ -114,7 +114,9 @@ class Cell:
         return found if found and all(found.get(name) == digest for name, digest in self.upon.items() if digest) else None
 
     def finish(self, seconds: float, metrics: dict[str, float], seen: str = "whole") -> None:
-        """Write down what was found, after `seconds` of training."""
+        """Write down what was found, after `seconds` of training. What else was seen of an earlier run goes."""
+        if seen == "whole":
+            (self.folder / SEEN["weak"]).unlink(missing_ok=True)
         found = {"seconds": seconds, "overrides": self.words[1::2], **self.upon, "metrics": metrics}
         write_json(self.folder / SEEN[seen], found)
 
