@@ -119,7 +119,10 @@ def test_another_set_or_other_data_make_a_cell_undone(scenes, tmp_path):
     assert not other.cell((), 0).done
     with pytest.raises(InputError, match="none of the 1 finished cells"):
         write_tables(other)
-    shutil.rmtree(sets)  # to report what was found needs no set
+    shutil.rmtree(sets)
+    with pytest.raises(InputError, match="evaluation set .*a does not exist"):
+        run_all(grid_of(scenes, tmp_path, evaluate=str(sets / "a"), **more), 1, 0)
+    # to report what was found needs no set
     same = grid_of(scenes, tmp_path, evaluate=str(sets / "a"), **more)
     assert same.cell((), 0).done
     manifest = tmp_path / "train" / MANIFEST_NAME
@@ -127,12 +130,12 @@ def test_another_set_or_other_data_make_a_cell_undone(scenes, tmp_path):
     assert not same.cell((), 0).done
 
 
-def test_a_cell_belongs_to_one_process_that_a_trained_one_keeps_it_from(scenes, tmp_path):
+def test_a_cell_is_held_by_whatever_still_works_in_it(scenes, tmp_path):
     grid = grid_of(scenes, tmp_path)
     with grid.cell((), 0).alone() as lock:
         assert lock
         sleeper = subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()])
-    (wrong,) = run_all(grid, 1, 0)  # the other cell is done
+    (wrong,) = run_all(grid, 1, 0)  # the other cell is run
     assert "another process is at work there" in wrong
     sleeper.kill()
     sleeper.wait()

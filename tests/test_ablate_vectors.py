@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import command
 from short_runs import begin
 
 from pipeline.evalsets import open_evalset
-from tools.ablate_vectors import CENTRE, METRIC, recalls
+from pipeline.replay import center_crop
+from tools.ablate_vectors import CENTRE, METRIC, _squares, recalls
 from trainer import checkpoint
 
 
@@ -50,6 +52,17 @@ def test_the_vector_is_all_that_differs(scenes, run, monkeypatch):
                 layer.weight.zero_()
     deaf = recalls(run, evalset)
     assert all(deaf[name, which] == deaf[name, "true"] for name, which in deaf)
+
+
+def test_squares_of_any_side_are_seen_inside_the_image(scenes, run, tmp_path):
+    found = recalls(run, open_evalset(scenes / "evalsets/retrieval"), sides=(1.0, 0.6))
+    assert found["square of 1", "true"] == found[CENTRE, "true"]
+    central_NA = np.stack([center_crop(90, 60), center_crop(40, 40)])
+    square_NA = _squares(central_NA, 0.5)
+    x_N, y_N, w_N, h_N = square_NA[:, :4].T
+    assert np.allclose(w_N * (90, 40), h_N * (60, 40)) and np.allclose(h_N, 0.5)
+    assert (x_N >= 0).all() and (y_N >= 0).all() and (x_N + w_N <= 1).all() and (y_N + h_N <= 1).all()
+    assert (square_NA[:, 4:] == central_NA[:, 4:]).all()
 
 
 def test_a_model_that_takes_no_vector_is_seen_in_every_way_too(scenes, run, tmp_path):

@@ -5,6 +5,7 @@ done.json is there. Started again, the tool passes over finished cells and resum
 are the same configuration share their cells.
 
     FOLDER/cells/HASH/run, train.log, eval.log, done.json     FOLDER/tables.md, tables.csv, tables.png, cells.csv
+    with --weak also      weak.json                           FOLDER/weak/ with the same of images seen as weak views
 
 done.json names the data and the evaluation set by their digests: with another set a cell is evaluated again, with other data
 it is not done, and its run refuses to go on: remove its folder. Code has no part in it: remove what is to be run again.
@@ -107,10 +108,11 @@ def _last_line(path: Path) -> str:
 
 
 def run_all(grid: Grid, processes: int, minutes: float) -> list[str]:
-    """Every cell that is not done, `processes` at a time → what went wrong."""
+    """Every cell that is not done, `processes` at a time → what went wrong. Raises InputError without an evaluation set."""
     cells = {cell.folder: cell for cell in grid.every_cell()}
     waiting = [cell for cell in cells.values() if cell.done is None]
     say(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done")
+    open_evalset(grid.evaluate)  # before hours of training
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     gpus = [name for name in visible.split(",") if name]
     stop, free, began, left = Stop(), list(range(processes)), time.monotonic(), len(waiting)

@@ -2,10 +2,11 @@
 
 Every image of a captioned set is seen as evaluation sees it (its central square), as a weak view, and in each way the run was
 trained with. Its embedding is then computed with the vector that made the view, with the identity, and with another image's
-vector; of a model without the embedding once, for it takes none.
+vector; of a model without the embedding once, for it takes none. --side adds random squares: how apparent size shifts recall.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,23 +33,35 @@ CENTRE = "central square"
 METRIC = "image_to_text_recall@1"
 
 
-def _features(model: UniCLIP, images: list[bytes], size: int, kinds: dict, device: str) -> dict[str, tuple[Tensor, np.ndarray]]:
+def _squares(central_NA: np.ndarray, side: float) -> np.ndarray:
+    """Vectors (N, 11) of squares anywhere in the images, `side` times as wide as the central ones."""
+    square_NA = central_NA.copy()
+    square_NA[:, 2:4] *= side
+    square_NA[:, :2] = np.random.default_rng(0).random((len(central_NA), 2)) * (1 - square_NA[:, 2:4])
+    return square_NA
+
+
+def _features(model: UniCLIP, images: list[bytes], size: int, kinds: dict, sides: Sequence[float], device: str
+              ) -> dict[str, tuple[Tensor, np.ndarray]]:
     """Way of seeing → features of its views (N, W) and the vectors (N, 11) that made them."""
     ids, size_N2 = np.array([sample_id_of(image) for image in images]), np.array([upright_rgb(x).size for x in images])
-    vector_NVA = np.concatenate([np.stack([center_crop(*each) for each in size_N2.tolist()])[:, None],
-                                 sample_vectors(0, 0, 0, ids, size_N2, tuple(kinds.values()))], axis=1)
+    central_NA = np.stack([center_crop(*each) for each in size_N2.tolist()])
+    squares_NVA = np.stack([central_NA, *(_squares(central_NA, side) for side in sides)], axis=1)
+    vector_NVA = np.concatenate([squares_NVA, sample_vectors(0, 0, 0, ids, size_N2, tuple(kinds.values()))], axis=1)
     executor, parts = PillowExecutor(size), []
     for start in range(0, len(images), IMAGE_BATCH):
         part = slice(start, start + IMAGE_BATCH)
         views, _, _ = executor(images[part], vector_NVA[part], ids[part])
         parts.append([model.image_features(view.to(device)) for view in views])
     executor.close()
+    names = (CENTRE, *(f"square of {side:g}" for side in sides), *kinds)
     return {name: (torch.cat(h_of_parts), vector_NVA[:, v])
-            for v, (name, h_of_parts) in enumerate(zip((CENTRE, *kinds), zip(*parts, strict=True), strict=True))}
+            for v, (name, h_of_parts) in enumerate(zip(names, zip(*parts, strict=True), strict=True))}
 
 
 @torch.inference_mode()
-def recalls(place: Path, evalset: EvalSet, device: str = "cpu") -> dict[tuple[str, str], dict[str, float]]:
+def recalls(place: Path, evalset: EvalSet, device: str = "cpu", sides: Sequence[float] = ()
+            ) -> dict[tuple[str, str], dict[str, float]]:
     """(way of seeing, vector) → recalls; "true" alone where a model takes no vector. Raises InputError."""
     loaded = open_model(place, device)
     model = loaded.model
@@ -61,7 +74,7 @@ def recalls(place: Path, evalset: EvalSet, device: str = "cpu") -> dict[tuple[st
     kinds = {"weak": ViewKind(**vars(data.weak))} | dict(zip(data.view_names(), data.kinds(), strict=True))  # of two alike one
     found = {}
     images = [image for _, image, _ in examples]
-    for name, (h_NW, vector_NA) in _features(model, images, loaded.image_size, kinds, device).items():
+    for name, (h_NW, vector_NA) in _features(model, images, loaded.image_size, kinds, sides, device).items():
         order_N = np.random.default_rng(0).permutation(len(vector_NA))
         given = {"true": vector_NA, "identity": np.tile(IDENTITY, (len(vector_NA), 1)), "shuffled": vector_NA.copy()}
         given["shuffled"][order_N] = vector_NA[np.roll(order_N, 1)]  # nobody keeps its own
@@ -91,6 +104,8 @@ def table(found: list[dict[tuple[str, str], float]]) -> str:
 def main(evalset: Annotated[Path, typer.Argument(help="A captioned evaluation set.")],
          runs: Annotated[list[Path], typer.Argument(help="Runs or checkpoints of one configuration, differing in the seed.")],
          device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+         sides: Annotated[list[float], typer.Option("--side", min=0.05, max=1.0, help="Random squares too, of this side, as a "
+                                                    "share of the shorter edge; repeatable.")] = [],  # noqa: B006
          out: Annotated[Path | None, typer.Option(help="Also write every figure to this JSON file.")] = None) -> None:
     """Retrieval with the true, the identity and a shuffled augmentation vector.
 
@@ -99,7 +114,7 @@ def main(evalset: Annotated[Path, typer.Argument(help="A captioned evaluation se
     wanted = open_evalset(evalset)
     if wanted.kind != RETRIEVAL:
         raise InputError(f"{evalset} is no captioned set: give one with captions")
-    found = [{seen: of[METRIC] for seen, of in recalls(place, wanted, pick_device(device, "--device ")).items()}
+    found = [{seen: of[METRIC] for seen, of in recalls(place, wanted, pick_device(device, "--device "), sides).items()}
              for place in runs]
     if other := [place for place, one in zip(runs, found, strict=True) if one.keys() != found[0].keys()]:
         raise InputError(f"{other[0]} has other views or another head than {runs[0]}: give runs of one configuration")
