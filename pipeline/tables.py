@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,6 +21,8 @@ from pipeline.console import InputError
 
 _BATCH_ROWS = 65_536
 _PARQUET_SQUEEZE = 4
+_LINE_BYTES = 64 << 20  # of one line; an endless one must not fill the memory
+_BOM = b"\xef\xbb\xbf"
 
 # A row as read: its line (Parquet: row) number counted from 1, then its cells, or why it cannot be one.
 Read = tuple[int, list[Any] | str]
@@ -52,9 +55,16 @@ def opened(path: Path, stack: ExitStack) -> tuple[BinaryIO, Callable[[], int], i
 
 
 def lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """What is left of a file that may be compressed. Raises InputError where it cannot be unpacked."""
+    """The lines of a file that may be compressed, without a byte order mark, as Windows puts it before UTF-8.
+
+    The file stays open when the lines are left half read: its owner may seek and read again. Raises InputError where it
+    cannot be unpacked, or where a line is too long to be one.
+    """
     try:
-        yield from file
+        for number, line in enumerate(iter(partial(file.readline, _LINE_BYTES), b""), start=1):
+            if len(line) == _LINE_BYTES:
+                raise InputError(f"{path} line {number}: more than {_LINE_BYTES:,} bytes without an end: this is no table")
+            yield line if number > 1 else line.removeprefix(_BOM)
     except (EOFError, zlib.error, OSError) as error:
         raise InputError(f"{path} is damaged or cut off ({error}): fetch it again") from None
 
@@ -64,7 +74,7 @@ def tsv(path: Path, stack: ExitStack, names: list[str] | None = None) -> Table:
     file, position, squeeze = opened(path, stack)
     first, header, left = 1, names, lines(file, path)
     if header is None:
-        first, header = 2, cells_of(next(left, b"").removeprefix(b"\xef\xbb\xbf"))
+        first, header = 2, cells_of(next(left, b""))
 
     def rows() -> Iterator[Read]:
         for line, raw in enumerate(left, start=first):
