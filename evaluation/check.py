@@ -8,7 +8,7 @@ from typing import cast
 
 from evaluation.catalogue import CATALOGUE, Entry, classnames, identify, official_order
 from pipeline.console import existing, track
-from pipeline.evalsets import RETRIEVAL, EvalSet, open_evalset, splits_of
+from pipeline.evalsets import RETRIEVAL, EvalSet, Target, open_evalset, splits_of
 from pipeline.images import Undecodable, upright_rgb
 
 NAMED = 3  # examples of a fault that are told
@@ -43,23 +43,32 @@ def check(folder: Path, decode: bool = True) -> Report:
 def _look(evalset: EvalSet, entry: Entry | None, report: Report, seen: dict[bytes, tuple[str, str]],
           decode: bool) -> None:
     """One split: its images, labels, captions, and what it shares with splits seen before."""
-    targets, broken, shared, twins = [], [], [], []
+    targets, broken, shared, twins, torn = [], [], [], [], []
+    first: dict[str, Target] = {}
     for key, image, target in track(evalset.examples(), f"checking {evalset.split}"):
         targets.append(target)
+        first.setdefault(key, target)
         broken += _undecodable(key, image) if decode else []
         split, other = seen.setdefault(hashlib.sha256(image).digest(), (evalset.split, key))
         if split != evalset.split:
             shared.append(f"{key} is {other} of {split}")
         elif other != key:
             twins.append(f"{key} is {other}")
+        if split == evalset.split and isinstance(target, int) and first[other] != target:
+            torn.append(f"{other} as {_label(evalset, first[other])}, {key} as {_label(evalset, target)}")
     where = f"{evalset.split}: "
     report.facts.append(f"{where}{len(targets):,} images, {_described(evalset, targets)}")
-    for what, found in (("undecodable images", broken), ("images that are in another split too", shared)):
+    for what, found in (("undecodable images", broken), ("images that are in another split too", shared),
+                        ("equal images under two labels", torn)):
         if found:
             report.faults.append(f"{where}{len(found):,} {what}: {'; '.join(found[:NAMED])}")
     if twins:
         report.facts.append(f"{where}{len(twins):,} images are twice in it: {'; '.join(twins[:NAMED])}")
     _sizes(evalset, entry, targets, report, where)
+
+
+def _label(evalset: EvalSet, label: Target) -> str:
+    return evalset.classnames[label] if isinstance(label, int) and evalset.classnames else str(label)
 
 
 def _undecodable(key: str, image: bytes) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evaluation.cli_data import data
-from pipeline.console import InputError, WorkFailed, quiet, run, say
+from pipeline.console import InputError, WorkFailed, existing, quiet, run, say, show_table
 from pipeline.console import app as make_app
 from pipeline.console import out as console
 
@@ -112,7 +112,7 @@ def compare(
         low, high = c.interval
         table.add_row(_named(c.row), c.row["metric"], f"{c.a:.1%}", f"{c.b:.1%}",
                       f"{100 * low:+.1f} … {100 * high:+.1f}", f"{c.p:.2g}", c.better)
-    console.print(table)
+    show_table(table)
     say("B − A: 95 % interval of the difference in points; p after Holm; better: only where p < 0.05")
 
 
@@ -185,6 +185,7 @@ def clip_benchmark(context: typer.Context) -> None:
 def _bench(paths: list[Path], out: Path | None, cache: Path | None, device: str, open_clip: str | None,
            weights: Path | None) -> "Iterator[tuple[Bench, list[Path]]]":
     """The model with its files and, under torchrun, its ranks, of which one speaks; and the paths that are not the model's."""
+    _look_for(paths, open_clip)
     from evaluation.evaluate import Bench
     from evaluation.subject import DEVICE, checkpoint_subject, open_clip_subject
     from trainer.batches import IMAGE_BATCH
@@ -192,8 +193,6 @@ def _bench(paths: list[Path], out: Path | None, cache: Path | None, device: str,
 
     if (open_clip is None) != (weights is None):
         raise InputError("--open-clip ARCH and --weights FILE go together")
-    if len(paths) < (1 if open_clip else 2):
-        raise InputError("give a checkpoint and at least one set" if not open_clip else "give at least one set")
     cure = "start again: what is finished is kept"
     with process_group(IMAGE_BATCH, pick_device(device, DEVICE), PATIENCE_MINUTES, cure) as (ranks, own), quiet(ranks.rank > 0):
         if open_clip and weights:
@@ -202,8 +201,17 @@ def _bench(paths: list[Path], out: Path | None, cache: Path | None, device: str,
             yield Bench.of(checkpoint_subject(paths[0], own), out, cache, ranks), paths[1:]
 
 
+def _look_for(paths: list[Path], open_clip: str | None) -> None:
+    """Tell what is missing before torch is imported, which takes seconds."""
+    if len(paths) < (1 if open_clip else 2):
+        raise InputError("give a checkpoint and at least one set" if not open_clip else "give at least one set")
+    if not open_clip and not str(paths[0]).startswith("hf:"):
+        existing(paths[0], "checkpoint", "give a run folder, a folder inside its checkpoints/, or an export")
+
+
 def _task(task: str, paths: list[Path], split: str, out: Path | None, cache: Path | None, device: str,
           open_clip: str | None, weights: Path | None, templates: str = "set") -> None:
+    _look_for(paths, open_clip)
     from evaluation.evaluate import evaluate, planned
 
     for folder in paths if open_clip else paths[1:]:
@@ -231,7 +239,7 @@ def _show(path: Path, rows: list[dict]) -> None:
         low, high = row["interval"]
         table.add_row(_named(row), row["metric"], f"{row['value']:.1%}", f"{low:.1%} – {high:.1%}",
                       f"{row['chance']:.1%}", f"{row['n']:,}", style="bold" if row["main_metric"] else "")
-    console.print(table)
+    show_table(table)
     for dataset, alarm in dict.fromkeys((row["dataset"], row["alarm"]) for row in rows if row.get("alarm")):
         console.print(f"ALARM {escape(dataset)}: {escape(alarm)}", style="bold red")
     for dataset, note in dict.fromkeys((row["dataset"], (row.get("details") or {}).get("note")) for row in rows):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -111,9 +111,14 @@ def record(task: str, bench: Bench, plan: Plan, measure: Callable[[Job], Finding
     rows: list[Row] = []
     with bench.ranks.agreeing():
         if first:
-            found = measure(job)
+            found = _noted(measure(job), evalset.note)
             rows = _store(bench, provenance, found, key, time.perf_counter() - begin)
     return rows
+
+
+def _noted(found: Finding, note: str) -> Finding:
+    notes = "; ".join(filter(None, (note, found.details.get("note"))))
+    return replace(found, details=found.details | {"note": notes}) if notes else found
 
 
 def _store(bench: Bench, provenance: Provenance, found: Finding, key: str, seconds: float) -> list[Row]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 T = TypeVar("T")
 OK, WORK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+_WIDE = 10_000  # columns: wider than any table
 _UsageError: Any = typer.BadParameter.__base__  # Typer exports none that every release has
 
 out = Console(highlight=False, soft_wrap=True)
@@ -96,6 +97,12 @@ def on_this_machine(path: Path) -> Path:
 def say(line: str) -> None:
     """One plain line on standard output."""
     out.print(line, markup=False)
+
+
+def show_table(table: RenderableType) -> None:
+    """A table as wide as it is: no name or number is cut. On a narrow screen its lines continue below."""
+    width = out.measure(table, options=out.options.update(width=_WIDE)).maximum
+    Console(file=out.file, width=max(width, out.width), highlight=False, quiet=out.quiet).print(table)
 
 
 @contextmanager

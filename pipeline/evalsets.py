@@ -42,6 +42,7 @@ class EvalSet:
     templates: tuple[str, ...]
     shards: tuple[Path, ...]
     manifest_sha256: str
+    note: str = ""  # what a reader of the numbers should know
 
     def read(self, shard: Path) -> Iterator[Example]:
         """Yield (key, image bytes, label or captions) of one of `shards`. Raises InputError naming shard and key."""
@@ -79,8 +80,11 @@ def _open_table(folder: Path, table: Path, split: str) -> EvalSet:
     if split not in tablesets.splits(table):
         raise InputError(f"{table} has no split {split!r}; splits present: {', '.join(tablesets.splits(table)) or 'none'}")
     kind = CLASSIFICATION if table.name == tablesets.LABELS else RETRIEVAL
+    twice = tablesets.of_two_labels(table, split)
+    note = f"{len(twice):,} images are listed under two labels or more ({', '.join(twice[:3])}): each label counts, and one " \
+           "answer cannot be right for all of them" if twice else ""
     return EvalSet(folder.name, kind, split, tablesets.classes(table), _templates(folder / TEMPLATES), (table,),
-                   _manifest(folder, [table, *tablesets.images(table, split)]))
+                   _manifest(folder, [table, *tablesets.images(table, split)]), note)
 
 
 def require_prompts(evalset: EvalSet, folder: Path, templates: Sequence[str]) -> None:
@@ -256,7 +260,8 @@ def _extension(image: bytes, number: int) -> str:
 def _member(target: Target, number: int) -> dict[str, bytes]:
     if isinstance(target, int):
         return {"cls": str(target).encode("ascii")}
-    captions = [" ".join(caption.split()) for caption in target]  # a line break inside would become two captions
-    if not any(captions):
+    folded = dict.fromkeys(" ".join(caption.split()) for caption in target)  # a line break inside would become two captions
+    captions = list(filter(None, folded))
+    if not captions:
         raise InputError(f"example {number} has no caption")
-    return {"txt": "\n".join(filter(None, captions)).encode()}
+    return {"txt": "\n".join(captions).encode()}

@@ -73,7 +73,16 @@ def examples(table: Path, split: str) -> Iterator[tuple[str, bytes, int | list[s
         number = {name: label for label, name in enumerate(classes(table))}
         yield from ((image, (table.parent / image).read_bytes(), number[value]) for image, value in own)
         return
-    captions: dict[str, list[str]] = {}
+    captions: dict[str, dict[str, None]] = {}  # an equal caption of an image counts once, as in an index
     for image, value in own:
-        captions.setdefault(image, []).append(value)
-    yield from ((image, (table.parent / image).read_bytes(), texts) for image, texts in captions.items())
+        captions.setdefault(image, {})[value] = None
+    yield from ((image, (table.parent / image).read_bytes(), list(texts)) for image, texts in captions.items())
+
+
+def of_two_labels(table: Path, split: str) -> list[str]:
+    """The images that the split lists under more than one label."""
+    labels: dict[str, set[str]] = {}
+    for image, own, value in rows(table) if table.name == LABELS else ():
+        if own == split:
+            labels.setdefault(image, set()).add(value)
+    return [image for image, found in labels.items() if len(found) > 1]

@@ -10,7 +10,7 @@ from short_runs import begin
 
 from pipeline.evalsets import open_evalset
 from pipeline.replay import center_crop
-from tools.ablate_vectors import CENTRE, METRIC, _squares, recalls
+from tools.ablate_vectors import CENTRE, METRIC, _squares, recalls, table
 from trainer import checkpoint
 
 
@@ -31,6 +31,12 @@ def test_every_way_of_seeing_is_measured_with_every_vector(scenes, run, tmp_path
     assert command("uniclip-eval", "retrieval", run, evalset).returncode == 0
     measured = {row["metric"]: row["value"] for row in map(json.loads, (run / "results.jsonl").read_text().splitlines())}
     assert {row[METRIC] for row in rows if (row["seen_as"], row["vector"]) == (CENTRE, "identity")} == {measured[METRIC]}
+
+
+def test_one_run_has_no_standard_error():
+    found = {(CENTRE, "true"): 0.25, (CENTRE, "identity"): 0.2, (CENTRE, "shuffled"): 0.1}
+    assert "nan" not in table([found]) and "| 25.0 | 20.0 (-5.0) | 10.0 (-15.0) |" in table([found])
+    assert "± 0.0" in table([found, found])
 
 
 def test_the_vector_is_all_that_differs(scenes, run, monkeypatch):

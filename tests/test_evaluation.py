@@ -1,7 +1,9 @@
 """Evaluation against plain computations, against itself at other sizes, and against wrong input."""
 
+import io
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import encoded, picture
+from rich.console import Console
 from tiny import tiny_run
 
-from evaluation import retrieval, zeroshot
+from evaluation import cli, retrieval, zeroshot
+from evaluation.check import check
 from evaluation.embed import embed_images, embed_texts, placed
 from evaluation.evaluate import Bench, evaluate
 from evaluation.prompts import class_embeddings, prompts_sha256
@@ -334,3 +338,52 @@ for words in ([], ["retrieval"], ["zeroshot"], ["report"], ["data"], ["data", "r
 assert not {"torch", "nvidia.dali", "webdataset", "matplotlib", "numpy"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_no_name_or_number_of_a_result_is_cut(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal of that width, and in a file."""
+    row = {"dataset": "open30m-flickr30k-karpathy", "task": "retrieval", "metric": "image_to_text_recall@10", "value": 0.51234,
+           "interval": (0.4, 0.6), "chance": 0.001, "n": 1_234_567, "main_metric": True}
+    for terminal in (True, False):
+        written = io.StringIO()
+        monkeypatch.setattr("pipeline.console.out", Console(file=written, force_terminal=terminal, width=columns))
+        cli._show(Path("results.jsonl"), [row])
+        shown = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in written.getvalue().splitlines()]
+        assert shown[1] == [row["dataset"], row["metric"], "51.2%", "40.0%", "–", "60.0%", "0.1%", "1,234,567"]
+
+
+def test_a_missing_checkpoint_and_a_wrong_device_are_told_at_once(scenes: Path, run: Path) -> None:
+    evalset = scenes / "evalsets/retrieval"
+    code = ("import sys; from evaluation.cli import main; sys.argv[0] = 'uniclip-eval'\n"
+            "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, "retrieval", run / "nowhere", evalset], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"] and f"{run / 'nowhere'} does not exist" in done.stderr
+    for device in ("gpu", "cuda:x", "mps", ""):
+        with pytest.raises(InputError, match=f"--device {device} is no device"):
+            checkpoint_subject(run, device)
+
+
+def test_an_equal_caption_of_one_image_counts_once_in_every_layout_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table/a.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "table/captions.tsv").write_text("image\tsplit\tcaption\n" + "".join(
+        f"a.png\ttest\t{caption}\n" for caption in ("a dog", "a cat", "a dog")))
+    write_evalset(tmp_path / "tars", "test", [(encoded(picture(1)), ["a dog", "a cat", "a  dog"])], "retrieval")
+    for name in ("table", "tars"):
+        (_, _, captions), = open_evalset(tmp_path / name).examples()
+        assert captions == ["a dog", "a cat"]
+
+
+def test_an_image_under_two_labels_is_told(subject: Subject, tmp_path: Path) -> None:
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for name, seed in (("a", 1), ("b", 2), ("copy_of_b", 2)):
+        (folder / f"{name}.png").write_bytes(encoded(picture(seed)))
+    rows = [("a", "cat"), ("a", "dog"), ("b", "cat"), ("copy_of_b", "dog")]
+    (folder / "labels.tsv").write_text("image\tsplit\tlabel\n" + "".join(f"{i}.png\ttest\t{label}\n" for i, label in rows))
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    fault, = check(folder).faults
+    assert "2 equal images under two labels: a.png as cat, a.png as dog; b.png as cat, copy_of_b.png as dog" in fault
+    row, *_ = evaluate("zeroshot", Bench.of(subject, tmp_path / "results.jsonl"), [folder])
+    assert "1 images are listed under two labels or more (a.png)" in row["details"]["note"]

@@ -6,6 +6,7 @@ vector; of a model without the embedding once, for it takes none. --side adds ra
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -86,7 +87,8 @@ def recalls(place: Path, evalset: EvalSet, device: str = "cpu", sides: Sequence[
 
 def table(found: list[dict[tuple[str, str], float]]) -> str:
     """Markdown: mean ± standard error over runs, and the difference to the true vector, run by run."""
-    lines = [f"{METRIC} in percent, mean ± standard error over {len(found)} runs; in brackets against the true vector.",
+    what = f"mean ± standard error over {len(found)} runs" if len(found) > 1 else "of one run"
+    lines = [f"{METRIC} in percent, {what}; in brackets against the true vector.",
              "", f"| seen as | {' | '.join(VECTORS)} |", "|---" * (1 + len(VECTORS)) + "|"]
     for name in dict.fromkeys(name for name, _ in found[0]):
         cells = []
@@ -96,9 +98,14 @@ def table(found: list[dict[tuple[str, str], float]]) -> str:
                 continue
             mean, error = mean_and_error([100 * one[name, which] for one in found])
             drop, drop_error = mean_and_error([100 * (one[name, which] - one[name, "true"]) for one in found])
-            cells.append(f"{mean:.1f} ± {error:.1f}" + ("" if which == "true" else f" ({drop:+.1f} ± {drop_error:.1f})"))
+            cells.append(f"{mean:.1f}{_error(error)}" + ("" if which == "true" else f" ({drop:+.1f}{_error(drop_error)})"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _error(error: float) -> str:
+    """Nothing for a single run, which has no standard error."""
+    return "" if math.isnan(error) else f" ± {error:.1f}"
 
 
 def main(evalset: Annotated[Path, typer.Argument(help="A captioned evaluation set.")],

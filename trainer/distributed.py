@@ -5,6 +5,7 @@ on this rank.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -149,11 +150,16 @@ ALONE = Ranks()
 
 
 def pick_device(name: str, setting: str = "run.device=") -> str:
-    """"auto" is CUDA where there is a GPU. Raises InputError, by what the user sets, for a CUDA device that is not there."""
+    """"auto" is CUDA where there is a GPU. Raises InputError, by what the user sets, for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    kind = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not kind:
+        raise InputError(f"{setting}{name} is no device: set {setting}auto, {setting}cpu, {setting}cuda or {setting}cuda:1")
+    if name != "cpu" and not torch.cuda.is_available():
         raise InputError(f"{setting}{name}, but torch sees no CUDA device: set {setting}cpu or {setting}auto")
+    if name != "cpu" and int(kind[1] or 0) >= torch.cuda.device_count():
+        raise InputError(f"{setting}{name}, but torch sees {torch.cuda.device_count()} CUDA devices: set {setting}auto")
     return name
 
 
