@@ -1,6 +1,5 @@
 """The data card: what the set is, where it comes from, what is missing and why, as Markdown with a picture."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from jinja2 import Environment, FileSystemLoader
 from pipeline.console import InputError
 from pipeline.files import replacing
 from pipeline.index import Index
+from pipeline.markup import markdown
 from pipeline.peek import picture_sheet
 from pipeline.stats import statistics
 from pipeline.survival import percent
@@ -23,14 +23,8 @@ LICENCES = {
     "yfcc15m-v2": "Images: Creative Commons, the licence chosen by each Flickr user; some forbid commercial use or changes.",
 }
 _UNKNOWN = "Not recorded: find out before the data or a model is passed on."
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
-
-
 _environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
-_environment.filters["md"] = _escaped
+_environment.filters["md"] = markdown
 _environment.globals["percent"] = percent
 _NAMES = {"side": "shorter side, pixels", "aspect": "longer / shorter side", "size": "image file, bytes",
           "captions": "captions of a sample", "words": "words of the longest caption",

@@ -11,14 +11,25 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
+from rich.text import Text
+
+from pipeline.markup import visible
 
 T = TypeVar("T")
 OK, WORK_FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 _WIDE = 10_000  # columns: wider than any table
 _UsageError: Any = typer.BadParameter.__base__  # Typer exports none that every release has
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class Screen(Console):
+    """A console on which no text of a stranger moves the cursor or changes what stands there already."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(visible(text), **how)
+
+
+out = Screen(highlight=False, soft_wrap=True)
+err = Screen(stderr=True, highlight=False, soft_wrap=True)
 
 
 class InputError(ValueError):
@@ -102,7 +113,7 @@ def say(line: str) -> None:
 def show_table(table: RenderableType) -> None:
     """A table as wide as it is: no name or number is cut. On a narrow screen its lines continue below."""
     width = out.measure(table, options=out.options.update(width=_WIDE)).maximum
-    Console(file=out.file, width=max(width, out.width), highlight=False, quiet=out.quiet).print(table)
+    Screen(file=out.file, width=max(width, out.width), highlight=False, quiet=out.quiet).print(table)
 
 
 @contextmanager

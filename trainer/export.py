@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from pipeline.console import InputError
 from pipeline.files import sha256_of, write_json
+from pipeline.markup import markdown
 from pipeline.schema import MEAN, STD, VECTOR
 from pipeline.text import CaptionTokenizer
 from pipeline.versions import versions
@@ -113,6 +114,7 @@ def _card(name: str, loaded: Loaded, description: dict[str, Any], differences: d
     rows = [row for row in map(json.loads, lines) if row["weights_sha256"] == loaded.weights_sha256]
     kinds = [vars(kind) for kind in loaded.config.data.kinds()]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
+    environment.filters["md"] = markdown
     return environment.get_template("model_card.md.jinja").render(
         name=name, rows=rows, kinds=kinds, differences=differences, d=description, c=loaded.config,
         weights=sum(p.numel() for p in loaded.model.parameters()), configuration=tomli_w.dumps(description["config"]))
