@@ -1,6 +1,6 @@
 """What may be fetched: schemes, addresses, sizes, time, opt-outs.
 
-Standard library only. Redirects are followed by hand, and the socket is connected by hand, because every hop and
+Nearly standard library alone. Redirects are followed by hand, and the socket is connected by hand, because every hop and
 every resolved address has to be judged *before* anything is sent to it; no HTTP library offers that hook.
 """
 
@@ -8,22 +8,22 @@ import errno
 import functools
 import http.client
 import ipaddress
-import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+import idna
+
+from pipeline.answers import Answer, EncodingError, pieces
+from pipeline.optouts import opted_out, reserved
 
 USER_AGENT = "Mozilla/5.0 (compatible; uniclip/0.1; image-text dataset builder)"
-OPT_OUTS = frozenset({"noai", "noimageai", "noml", "none", "noindex", "noimageindex"})
-_VALUED_DIRECTIVES = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
-_AGENT = re.compile(r"[a-z0-9*][a-z0-9_.*/-]*")
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_HOPS = 10
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504}
-_CHUNK = 65_536
 LARGE = 4_000_000  # bytes; hardly one image in a thousand of the web
 _LEGAL = "%/:=&?~+!$,;'@()*[]"  # in a path or query, besides letters, digits and _.-
 
@@ -102,7 +102,7 @@ def _hop(url: str, policy: Policy, end: float, judge: Callable[[str], None] | No
         raise Failure("bad url", "no host")
     if judge:
         judge(url)
-    connection = _CheckedConnection(parts.hostname, parts.port, parts.scheme == "https", policy, end)
+    connection = _CheckedConnection(_ascii(parts.hostname), parts.port, parts.scheme == "https", policy, end)
     try:
         target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_LEGAL)
         connection.request("GET", target, headers={"User-Agent": policy.user_agent, "Accept": "image/*,*/*;q=0.5",
@@ -112,8 +112,23 @@ def _hop(url: str, policy: Policy, end: float, judge: Callable[[str], None] | No
         connection.close()
 
 
+def _ascii(host: str) -> str:
+    """A name as the DNS has it: IDNA 2008 after UTS 46, as browsers do; signs that IDNA lacks (emoji) in plain Punycode."""
+    host = unquote(host)
+    if host.isascii():
+        return host
+    try:
+        return idna.encode(host, uts46=True).decode()
+    except idna.IDNAError:
+        labels = idna.uts46_remap(host, std3_rules=False).split(".")
+        return ".".join(one if one.isascii() else f"xn--{one.encode('punycode').decode()}" for one in labels)
+
+
 def _answer(response: http.client.HTTPResponse, url: str, policy: Policy, large: Callable[[], None] | None) -> bytes | str:
-    if not policy.rules and opted_out(response.headers.get_all("X-Robots-Tag", []), policy.user_agent):
+    # Headers of an error page speak of that page: a picture that is there again tomorrow is not opted out today.
+    if not policy.rules and (200 <= response.status < 300 or response.status in _REDIRECTS) and (
+            opted_out(response.headers.get_all("X-Robots-Tag", []), policy.user_agent)
+            or reserved(response.headers.get_all("TDM-Reservation", []))):
         raise Failure("opted out")
     if response.status in _REDIRECTS and (location := response.headers.get("Location")):
         return urljoin(url, quote(location, safe=_LEGAL + "#", encoding="latin-1"))  # headers arrive as Latin-1
@@ -127,8 +142,8 @@ def _body(response: http.client.HTTPResponse, policy: Policy, large: Callable[[]
     if (response.length or 0) > limit and not policy.rules:
         raise Failure("too large", f"{response.length} bytes announced")
     body = bytearray()
-    while chunk := response.read(_CHUNK):
-        body += chunk
+    for piece in pieces(response):
+        body += piece
         if large and len(body) > LARGE:
             large()
             large = None
@@ -149,38 +164,25 @@ _NAMES: tuple[tuple[type[Exception], str, bool], ...] = (  # first match wins
     (ConnectionError, "connection broken", True),
     (http.client.InvalidURL, "bad url", False),
     (http.client.IncompleteRead, "connection broken", True),
+    (EncodingError, "bad encoding", False),
     (http.client.HTTPException, "not http", False),
     (OSError, "unreachable", True),
     (ValueError, "bad url", False),
 )
+_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _PASSING = {reason for _, reason, passing in _NAMES if passing}
 
 
 def _named(error: Exception) -> Failure:
-    """Any exception of the standard library's network stack as one of our classes."""
+    """Any exception of the standard library's network stack as one of our classes. Raises it where this machine is to blame."""
+    if isinstance(error, socket.gaierror):
+        socket.socket().close()  # no name is found either where no more files may be opened: then this raises
+    if isinstance(error, OSError) and error.errno in _OURS and not isinstance(error, socket.gaierror):
+        raise error
     if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
         return Failure("timeout", passing=True)
     reason, passing = next((reason, passing) for kind, reason, passing in _NAMES if isinstance(error, kind))
     return Failure(reason, str(error), passing)
-
-
-def opted_out(values: Iterable[str], user_agent: str) -> bool:
-    """Whether X-Robots-Tag header values forbid use by us: one `directive` or `agent: directive` between commas.
-
-    Loose spellings count too: `;` or blanks between directives, a directive with a value. An agent's scope lasts to the end
-    of its header or to the next agent. `max-snippet:20` and its like carry a value,
-    not an agent. Grammar: developers.google.com/search/docs/crawling-indexing/robots-meta-tag.
-    """
-    ours = {"*", "all", "uniclip", "img2dataset", *re.findall(r"[a-z][a-z0-9_-]+", user_agent.lower())}
-    for value in values:
-        applies = True
-        for part in re.split("[,;]", value.lower()):
-            name, colon, rest = (piece.strip() for piece in part.partition(":"))
-            if colon and name not in _VALUED_DIRECTIVES | OPT_OUTS and _AGENT.fullmatch(name):
-                applies, name = name in ours, rest
-            if applies and not OPT_OUTS.isdisjoint(name.split()):
-                return True
-    return False
 
 
 @functools.cache
@@ -238,6 +240,8 @@ def _tls() -> ssl.SSLContext:
 
 class _CheckedConnection(http.client.HTTPConnection):
     """Resolves once, judges every address, connects to one that was judged; the name serves TLS and Host only."""
+
+    response_class = Answer
 
     def __init__(self, host: str, port: int | None, tls: bool, policy: Policy, end: float):
         self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT

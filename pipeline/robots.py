@@ -3,7 +3,7 @@
 import re
 import threading
 from dataclasses import replace
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urldefrag, urlsplit, urlunsplit
 
 from protego import Protego
 
@@ -36,7 +36,7 @@ class Robots:
         rules = self._sites[site]
         if isinstance(rules, Failure):
             raise rules
-        if not rules.can_fetch(url, self._agent):
+        if not rules.can_fetch(urldefrag(url)[0], self._agent):
             raise Failure("robots.txt")
 
     def _ask(self, site: str) -> Protego | Failure:

@@ -68,7 +68,7 @@ def answers(site: Site, private: Site) -> dict[str, tuple[Answer, str]]:
         "nothing": (b"", "not an image"), "no content": ((204, {}, b""), "not an image"),
         "html": ((200, {"Content-Type": "image/jpeg"}, b"<html>"), "not an image"),
         "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
-        "zipped": ((200, {"Content-Encoding": "gzip"}, gzip.compress(jpeg)), "not an image"),
+        "zipped": ((200, {"Content-Encoding": "gzip"}, gzip.compress(jpeg)), STORED),
         "cut jpeg": (whole[:len(whole) // 2], "broken image"),
         "cut png": (encoded(picture(1), "PNG")[:-400], "broken image"),
         "bomb": (_bomb(), "too many pixels"), "announced": ((200, {"Content-Length": "10000000000"}, b""), "too large"),

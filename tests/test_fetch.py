@@ -1,16 +1,18 @@
 """Every rule of fetching against a real server; 127.0.0.2 stands for a private address."""
 
+import errno
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import time
 
 import pytest
 from webserver import serving
 
 from pipeline import fetch as fetching
-from pipeline.fetch import Failure, Policy, fetch, opted_out, refused
+from pipeline.fetch import Failure, Policy, fetch, refused
 
 HERE = Policy(timeout=2, deadline=4, allow=("127.0.0.1",))
 
@@ -109,19 +111,6 @@ def test_allowing_is_exact_or_by_block():
     assert not refused("10.1.2.3", ("10.0.0.0/8",))
 
 
-@pytest.mark.parametrize(("headers", "forbidden"), [
-    (["noai"], True), (["NoAI"], True), (["noimageai"], True), (["none"], True), (["noml"], True),
-    (["noimageindex"], True), (["noindex"], True), (["nofollow, noai"], True), (["nofollow", "noai"], True),
-    (["noai, max-snippet:20"], True), (["max-snippet:20, noai"], True), (["*: noai"], True),
-    (["uniclip: noai"], True), (["UniCLIP: nofollow, noai"], True), (["img2dataset: noai"], True),
-    (["otherbot: nofollow, uniclip: noai"], True), (["unavailable_after: Wed, 21 Oct 2015 07:28:00 GMT, noai"], True),
-    ([], False), (["all"], False), (["nofollow"], False), (["noarchive, max-image-preview: large"], False),
-    (["otherbot: noai"], False), (["otherbot: nofollow, noai"], False), (["max-snippet: none"], False),
-])
-def test_opt_out_in_every_legal_spelling(headers, forbidden):
-    assert opted_out(headers, "Mozilla/5.0 (compatible; uniclip/0.1)") is forbidden
-
-
 def test_opted_out_is_not_asked_again(site):
     site.pages["/optout"] = 200, {"X-Robots-Tag": "nofollow\n*: noai"}, b"picture"
     assert failure(site.url("/optout"), retries=3).reason == "opted out"
@@ -134,6 +123,43 @@ def test_only_passing_failures_are_tried_again(site, status, tries):
     site.pages[path] = status, {}, b""
     assert str(failure(site.url(path), retries=2)) == f"http {status}"
     assert site.hits[path] == tries
+
+
+@pytest.mark.parametrize("status", [404, 429, 500, 503])
+def test_the_headers_of_an_error_page_opt_nothing_out(site, status):
+    site.pages["/page"] = status, {"X-Robots-Tag": "noai, none", "TDM-Reservation": "1"}, b""
+    assert failure(site.url("/page")).reason == f"http {status}"
+
+
+@pytest.mark.parametrize(("name", "asked"), [
+    ("straße.example", "xn--strae-oqa.example"), ("FAẞ.example", "xn--fa-hia.example"),
+    ("bücher.example", "xn--bcher-kva.example"), ("b%C3%BCcher.example", "xn--bcher-kva.example"),
+    ("βόλος.example", "xn--nxasmm1c.example"),
+    ("ＷＷＷ。日本語．example", "www.xn--wgv71a119e.example"), ("i❤.example", "xn--i-7iq.example"),
+    ("a_b.example", "a_b.example"),
+])
+def test_a_name_is_asked_for_as_browsers_do(site, monkeypatch, name, asked):
+    """The right-hand side is what WHATWG's URL standard gives; IDNA 2003 asks another site for the names with ß and ς."""
+    real, names = socket.getaddrinfo, []
+    monkeypatch.setattr(socket, "getaddrinfo",
+                        lambda host, *rest, **named: names.append(host) or real("127.0.0.1", *rest, **named))
+    site.pages["/host"] = lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + handler.headers["Host"].encode())
+    site.pages["/to-host"] = 302, {"Location": f"http://{name}:{site.server_port}/host".encode().decode("latin-1")}, b""
+    for url in (f"http://{name}:{site.server_port}/host", site.url("/to-host")):
+        assert fetch(url, HERE).decode() == f"{asked}:{site.server_port}"
+    assert names == [asked, "127.0.0.1", asked]
+
+
+def test_want_of_open_files_is_not_the_fault_of_a_server(site, tmp_path):
+    """Neither for an address nor for a name: without a file the system's resolver cannot even read its settings."""
+    code = ("import os, resource, sys\nfrom pipeline.fetch import Policy, fetch\n"
+            "while True:\n    try: os.dup(0)\n    except OSError: break\n"
+            "try: fetch(sys.argv[1], Policy(allow=('127.0.0.1', '::1')))\n"
+            "except OSError as error: print(error.errno)\nexcept Exception as error: print(error)")
+    for host in ("127.0.0.1", "no-such-host.invalid"):
+        words = ["bash", "-c", 'ulimit -n 64; exec "$@"', "-", sys.executable, "-c", code, f"http://{host}:{site.server_port}/"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.stdout == f"{errno.EMFILE}\n", done
 
 
 def test_too_large_is_refused_before_it_is_read(site):
