@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.console import InputError, WorkFailed, existing
 from pipeline.distributors import DISTRIBUTORS, distributor
 from pipeline.fetch import USER_AGENT, Policy, networks
 from pipeline.files import sha256_of
 from pipeline.progress import Meter
 from pipeline.schema import URLS
+from pipeline.seals import UNREADABLE
 from pipeline.skips import Forgotten, forgotten_in
 from pipeline.stores import Store
 from pipeline.survival import Report, account, shard_files, so_far
@@ -71,10 +73,7 @@ class Task:
 
 def _table(urls: Path) -> pq.ParquetFile:
     existing(urls, "the URL table", "write one with `uniclip-data urls table`")
-    try:
-        table = pq.ParquetFile(urls)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{urls} is no Parquet file ({error}): write it with `uniclip-data urls table`") from None
+    table = parquet.opened(urls, "write it with `uniclip-data urls table`")
     schema = table.schema_arrow
     if not schema.equals(URLS) or (schema.metadata or {}).get(b"uniclip.schema") != URLS.metadata[b"uniclip.schema"]:
         raise InputError(f"{urls} is not a URL table of this version: write it with `uniclip-data urls table`")
@@ -106,7 +105,7 @@ def _slices(table: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
             while rest.num_rows >= size:
                 yield rest.slice(0, size)
                 rest = rest.slice(size)
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise InputError(f"the URL table is damaged ({error}): write it again with `uniclip-data urls`") from None
     if rest.num_rows:
         yield rest

@@ -1,18 +1,21 @@
 """Duplicates inside an index → its group column; overlap with evaluation sets → a skip list."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline import arrows
 from pipeline.console import WorkFailed
 from pipeline.evalsets import EvalSet
-from pipeline.files import alone, replacing, write_json
+from pipeline.files import alone, replacing
 from pipeline.groups import chained, named
 from pipeline.hashes import evalset_hashes, index_hashes, near_pairs
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS
+from pipeline.seals import write_sealed_json
 from pipeline.skips import present, write_skips
 
 DISTANCE = 4  # of 64 bits: re-encoded and resized copies are 0 to 4 apart, other photographs hardly ever below 10
@@ -47,8 +50,8 @@ def duplicates(index: Index, distance: int = DISTANCE, workers: int | None = Non
         now = Index.open(index.folder)  # a takedown may have changed it
         if now.fingerprint != index.fingerprint:
             raise WorkFailed(f"{index.folder}: the index was made anew meanwhile: run the same command again")
-        _write_groups(index.folder / INDEX_NAME, group)
-        write_json(index.folder / MANIFEST_NAME, {**now.manifest, "duplicates": {"distance": distance, **vars(found)}})
+        _write_groups(now, group)
+        write_sealed_json(index.folder / MANIFEST_NAME, {**now.manifest, "duplicates": {"distance": distance, **vars(found)}})
     return found
 
 
@@ -61,16 +64,16 @@ def _near(hashes: np.ndarray, distance: int) -> np.ndarray:
     return np.concatenate([rows[chained(hashes["look"][rows])], rows[first[between]]], axis=1)
 
 
-def _write_groups(path: Path, group: np.ndarray) -> None:
+def _write_groups(index: Index, group: np.ndarray) -> None:
     """The same index with another group column."""
-    with pa.memory_map(str(path)) as source, replacing(path) as temporary:
-        file = pa.ipc.open_file(source)
-        with pa.ipc.new_file(temporary, INDEX) as writer:
-            for number in range(file.num_record_batches):
-                batch = file.get_batch(number)
-                start = number * INDEX_BATCH_ROWS
-                column = pa.array(group[start:start + batch.num_rows], pa.int64())
-                writer.write_batch(batch.set_column(INDEX.get_field_index("group"), INDEX.field("group"), column))
+    def batches() -> Iterator[pa.RecordBatch]:
+        for number in range(index.file.batches):
+            batch, start = index.batch(number), number * INDEX_BATCH_ROWS
+            column = pa.array(group[start:start + batch.num_rows], pa.int64())
+            yield batch.set_column(INDEX.get_field_index("group"), INDEX.field("group"), column)
+
+    with replacing(index.folder / INDEX_NAME) as temporary:
+        arrows.write(temporary, INDEX, batches())
 
 
 def overlap(index: Index, evalsets: list[EvalSet], out: Path, distance: int = DISTANCE,

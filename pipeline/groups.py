@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from pipeline.arrows import ArrowFile
 
 
 def chained(values: np.ndarray) -> np.ndarray:
@@ -37,15 +38,11 @@ class Grouped:
 
     @classmethod
     def read(cls, path: Path, manifest: dict) -> "Grouped | None":
-        """Of an index.arrow; None where it is absent or unreadable."""
-        try:
-            with pa.memory_map(str(path)) as file:
-                table = pa.ipc.open_file(file).read_all().select(["sample_id", "group"])
-                columns = [column.to_numpy() for column in table.columns]
-        except (OSError, pa.ArrowInvalid, KeyError):
+        """Of an index.arrow; None where there is none. Raises what is in seals.UNREADABLE where it is damaged."""
+        if not path.exists():
             return None
-        told = manifest.get("duplicates")
-        return cls(*columns, left=told.get("uncompared", 0) if told else None)
+        file, told = ArrowFile(path), manifest.get("duplicates")
+        return cls(file.numbers("sample_id"), file.numbers("group"), left=told.get("uncompared", 0) if told else None)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What an image is known by: its bytes, its pixels, and how it looks. Kept for each tar beside the index."""
 
 import hashlib
+import io
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import combinations
@@ -16,6 +17,7 @@ from pipeline.index import Index
 from pipeline.processes import in_processes
 from pipeline.progress import Meter
 from pipeline.scans import SCANS_NAME
+from pipeline.seals import with_trailer, without_trailer
 
 HASHES = np.dtype([("offset", np.int64), ("bytes", np.uint64), ("pixels", np.uint64), ("look", np.uint64),
                    ("telling", np.bool_)])  # telling: whether there is enough in the picture for `look` to mean anything
@@ -63,17 +65,20 @@ def _hash_shard(folder: Path, shard: int) -> int:
         for row, (offset, size) in enumerate(zip(at["offset"], at["size"], strict=True)):
             file.seek(offset)
             found[row] = (offset, *hashes_of(file.read(size)))
-    with replacing(_kept_at(index, shard)) as temporary, temporary.open("wb") as file:
-        np.save(file, np.sort(found, order="offset"))
+    array = io.BytesIO()
+    np.save(array, np.sort(found, order="offset"))
+    with replacing(_kept_at(index, shard)) as temporary:
+        temporary.write_bytes(with_trailer(array.getvalue()))
     return shard
 
 
 def _kept(index: Index, shard: int) -> np.ndarray | None:
     """The hashes of a shard's rows in their order, if they have been computed."""
     path, offsets = _kept_at(index, shard), index.columns(_rows(index, shard))["offset"]
-    if not path.exists():
+    try:
+        known = np.load(io.BytesIO(without_trailer(path.read_bytes())))
+    except (OSError, ValueError):  # what is not there or damaged is made again
         return None
-    known = np.load(path)
     if not len(known):
         return known if not len(offsets) else None
     at = np.minimum(np.searchsorted(known["offset"], offsets), len(known) - 1)

@@ -1,6 +1,7 @@
 """index.arrow + manifest.json, read: memory-mapped, opened lazily, looked up through cached views of its columns."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -8,8 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
+from pipeline.arrows import ArrowFile
 from pipeline.console import InputError
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
+from pipeline.seals import UNREADABLE, open_json
 
 INDEX_NAME, MANIFEST_NAME = "index.arrow", "manifest.json"
 PREVIOUS_NAME = ".manifest.json"  # the manifest of the index before, while the new one has none
@@ -21,24 +24,38 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest beside an index, or that of the index before where a run was killed; empty where none can be read."""
     for name in (MANIFEST_NAME, PREVIOUS_NAME, MANIFEST_NAME):  # again: it may just have taken the other's place
         try:
-            told = json.loads((folder / name).read_bytes())
+            return open_json((folder / name).read_bytes())
         except (OSError, ValueError):
             continue
-        if isinstance(told, dict):
-            return told
     return {}
 
 
 class _Batch:
-    """Zero-copy numpy views of one record batch; `take` and `to_pylist` would cost a hundred times as much."""
+    """Zero-copy numpy views of one record batch; `take` and `to_pylist` would cost a hundred times as much.
 
-    def __init__(self, batch: pa.RecordBatch):
-        self.numbers = {name: _numbers(batch, name, dtype) for name, dtype in _COLUMNS.items() if name != "plain"}
-        self.plain = np.frombuffer(_buffers(batch, "plain")[1], np.uint8)  # bits, lowest first
-        self.key = _Texts(_buffers(batch, "key"))
-        captions = _buffers(batch, "captions")
-        self.caption_starts = np.frombuffer(captions[1], np.int32)
-        self.caption = _Texts(captions[2:])
+    Numbers are checked at once, texts, which are most of the bytes, when they are first asked for.
+    """
+
+    def __init__(self, file: ArrowFile, number: int):
+        self._file, self._batch = file, file.peek(number) if file.sealed else file.batch(number)
+        for name in _COLUMNS:
+            file.check_buffers(self._batch.column(INDEX.get_field_index(name)))
+        self.numbers = {name: _numbers(self._batch, name, dtype) for name, dtype in _COLUMNS.items() if name != "plain"}
+        self.plain = np.frombuffer(_buffers(self._batch, "plain")[1], np.uint8)  # bits, lowest first
+
+    def _text_buffers(self, name: str) -> list:
+        self._file.check_buffers(self._batch.column(INDEX.get_field_index(name)))
+        return _buffers(self._batch, name)
+
+    @cached_property
+    def key(self) -> "_Texts":
+        return _Texts(self._text_buffers("key"))
+
+    @cached_property
+    def captions(self) -> "tuple[np.ndarray, _Texts]":
+        """Where each row's captions begin, and all captions."""
+        buffers = self._text_buffers("captions")
+        return np.frombuffer(buffers[1], np.int32), _Texts(buffers[2:])
 
 
 def _buffers(batch: pa.RecordBatch, name: str) -> list:
@@ -65,11 +82,11 @@ class Index:
 
     folder: where the shards' relative paths begin; shards: their paths; shard_starts (S+1,): shard s has the rows
     shard_starts[s] … shard_starts[s+1]; fingerprint: sha256 over all columns except `group`; file: index.arrow, which stays
-    as it was opened when another takes its name. Picklable.
+    as it was opened when another takes its name. Picklable. Whatever reads raises InputError where the file is damaged.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], file: pa.ipc.RecordBatchFileReader):
-        self.folder, self.manifest, self.file = folder, manifest, file
+    def __init__(self, folder: Path, manifest: dict[str, Any], file: ArrowFile, cure: str):
+        self.folder, self.manifest, self.file, self._cure = folder, manifest, file, cure
         self.fingerprint: str = manifest["fingerprint"]
         self.shards: list[str] = [shard["name"] for shard in manifest["shards"]]
         self.shard_starts = np.cumsum([0, *(shard["samples"] for shard in manifest["shards"])])
@@ -86,14 +103,16 @@ class Index:
             if not (folder / name).exists():
                 raise InputError(f"{folder / name} does not exist: {cure}")
         try:
-            manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
-            file = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME)))
+            name = MANIFEST_NAME
+            manifest = open_json((folder / name).read_bytes())
+            name = INDEX_NAME
+            file = ArrowFile(folder / name)
             _check(folder, manifest, file, cure)
-            return cls(folder, manifest, file)
+            return cls(folder, manifest, file, cure)
         except InputError:
             raise
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder}: the index cannot be read ({error!r}): {cure}") from None
+        except (*UNREADABLE, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / name} is damaged and cannot be read ({error!r}): {cure}") from None
 
     def __reduce__(self):
         return Index.open, (self.folder,)
@@ -101,9 +120,27 @@ class Index:
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except UNREADABLE as error:
+            raise InputError(f"{self.folder / INDEX_NAME} is damaged ({error}): {self._cure}") from None
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """A record batch as Arrow has it."""
+        with self._reading():
+            return self.file.batch(number)
+
+    def check(self) -> None:
+        """Read all of index.arrow. Raises InputError."""
+        with self._reading():
+            self.file.check_all()
+
     def _batch(self, number: int) -> _Batch:
         if number not in self._batches:
-            self._batches[number] = _Batch(self.file.get_batch(number))
+            with self._reading():
+                self._batches[number] = _Batch(self.file, number)
         return self._batches[number]
 
     def _locate(self, row: int) -> tuple[_Batch, int]:
@@ -129,12 +166,15 @@ class Index:
     def captions(self, row: int) -> list[str]:
         """All captions of a row; never empty."""
         batch, local = self._locate(row)
-        return [batch.caption[i] for i in range(batch.caption_starts[local], batch.caption_starts[local + 1])]
+        with self._reading():
+            starts, texts = batch.captions
+            return [texts[i] for i in range(starts[local], starts[local + 1])]
 
     def key(self, row: int) -> str:
         """The WebDataset key, unique in its shard."""
         batch, local = self._locate(row)
-        return batch.key[local]
+        with self._reading():
+            return batch.key[local]
 
     def source(self, row: int) -> str:
         """The name of the source the row came from; empty where none was given."""
@@ -143,7 +183,7 @@ class Index:
 
     @cached_property
     def _sources(self) -> list[str]:
-        column = self.file.get_batch(0).column(INDEX.get_field_index("source"))
+        column = self.batch(0).column(INDEX.get_field_index("source"))
         return cast(pa.DictionaryArray, column).dictionary.to_pylist()
 
 
@@ -153,14 +193,13 @@ def _gather(batch: _Batch, local: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def _check(folder: Path, manifest: Any, file: pa.ipc.RecordBatchFileReader, cure: str) -> None:
+def _check(folder: Path, manifest: dict[str, Any], file: ArrowFile, cure: str) -> None:
     """Raises InputError unless schema version and row count are what this program and the manifest say."""
     expected, found = ((schema.metadata or {}).get(b"uniclip.schema", b"none").decode()
                        for schema in (INDEX, file.schema))
     if found != expected or manifest.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{folder / INDEX_NAME} has schema {found}, this program reads {expected}: {cure}")
-    whole = file.num_record_batches
-    rows = (whole - 1) * INDEX_BATCH_ROWS + file.get_batch(whole - 1).num_rows if whole else 0
+    rows = (file.batches - 1) * INDEX_BATCH_ROWS + file.peek(file.batches - 1).num_rows if file.batches else 0
     if rows != manifest["counts"]["samples"]:
         raise InputError(f"{folder / INDEX_NAME} has {rows:,} rows, its {MANIFEST_NAME} says "
                          f"{manifest['counts']['samples']:,}: {cure}")

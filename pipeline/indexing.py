@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.console import InputError, WorkFailed, existing
-from pipeline.files import alone, homes, replacing, write_json
+from pipeline import arrows
+from pipeline.console import InputError, WorkFailed, err, existing
+from pipeline.files import alone, homes, replacing
 from pipeline.groups import Carried, Grouped, carried
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, PREVIOUS_NAME, manifest_of
 from pipeline.scans import Scanned, scanned
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
+from pipeline.seals import UNREADABLE, write_sealed_json
 from pipeline.skips import Forgotten
 from pipeline.survival import FORGOTTEN
 from pipeline.tars import ROWS, is_utf8
@@ -158,12 +160,15 @@ def _write(path: Path, batches: Iterator[pa.RecordBatch], names: list[str], sour
     The old index stays whole until then; its manifest steps aside with it.
     """
     hashers: defaultdict[str, Any] = defaultdict(hashlib.sha256)
+
+    def hashed() -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for name, data in _streams(batch):
+                hashers[name].update(data)
+            yield batch
+
     with replacing(path) as temporary:
-        with pa.ipc.new_file(temporary, INDEX) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-                for name, data in _streams(batch):
-                    hashers[name].update(data)
+        arrows.write(temporary, INDEX, hashed())
         with suppress(FileNotFoundError):
             path.with_name(MANIFEST_NAME).replace(path.with_name(PREVIOUS_NAME))
     told = [SCHEMA_VERSION, names, sources, {name: hasher.hexdigest() for name, hasher in hashers.items()}]
@@ -210,6 +215,20 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _groups_before(folder: Path) -> Grouped | None:
+    """Of the index that was here. What cannot be kept of a damaged one is said."""
+    manifest, damage = manifest_of(folder), MANIFEST_NAME
+    try:
+        if manifest or not (folder / MANIFEST_NAME).exists():
+            damage = INDEX_NAME
+            return Grouped.read(folder / INDEX_NAME, manifest)
+    except UNREADABLE:
+        pass
+    err.print(f"warning: {folder / damage} was damaged: the index is made anew, without its duplicate groups: if it had any, "
+              f"run `uniclip-data duplicates {folder}` again", style="yellow", highlight=False)
+    return None
+
+
 def assemble(folder: Path, shards: Sequence[Shard], excluded: dict[str, int], command: str,
              more: dict | None = None, inputs: Sequence[Grouped] = ()) -> dict:
     """Write index.arrow from the shards' rows, then the manifest, which also has `more`; returns the manifest.
@@ -220,7 +239,7 @@ def assemble(folder: Path, shards: Sequence[Shard], excluded: dict[str, int], co
     sources, kept = sorted(set().union(*(shard.sources for shard in shards))), []
     if len(sources) > _MAX_SOURCES:
         sources = [""]
-    before = Grouped.read(folder / INDEX_NAME, manifest_of(folder))
+    before = _groups_before(folder)
     groups = carried([*([before] if before else []), *inputs], np.concatenate([shard.sample_id for shard in shards]))
     batches = _batches(_coded(_united(shards), sources, groups, kept), names, sources)
     fingerprint = _write(folder / INDEX_NAME, batches, names, sources)
@@ -234,6 +253,6 @@ def assemble(folder: Path, shards: Sequence[Shard], excluded: dict[str, int], co
         "shards": [{"name": shard.name, "size": shard.size, "sha256": shard.sha256, "samples": samples}
                    for shard, samples in zip(shards, kept, strict=True)],
         **(more or {})}
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_sealed_json(folder / MANIFEST_NAME, manifest)
     (folder / PREVIOUS_NAME).unlink(missing_ok=True)
     return manifest

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.console import InputError, WorkFailed
 from pipeline.files import alone, homes
 from pipeline.groups import Grouped
-from pipeline.index import INDEX_NAME, Index, manifest_of
+from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index, manifest_of
 from pipeline.indexing import assemble, remove, tars_of
 from pipeline.scans import Scanned, scanned
 from pipeline.schema import INDEX_BATCH_ROWS
@@ -87,7 +87,7 @@ class Part:
 def rows_between(index: Index, start: int, stop: int) -> pa.Table:
     """Rows start … stop of an index as an Arrow table."""
     first, last = int(start) // INDEX_BATCH_ROWS, -(-int(stop) // INDEX_BATCH_ROWS)
-    batches = [index.file.get_batch(number) for number in range(first, last)]
+    batches = [index.batch(number) for number in range(first, last)]
     table = pa.Table.from_batches(batches, schema=index.file.schema)
     return table.slice(int(start) - first * INDEX_BATCH_ROWS, int(stop - start)).unify_dictionaries()
 
@@ -110,7 +110,10 @@ def places(folder: Path) -> list[Path]:
     """The folder of an index, and those of the indexes that it was merged from, and so on."""
     found = [folder]
     for place in found:
-        below = (place / one["folder"] for one in manifest_of(place).get("merged_from", []))
+        if not (told := manifest_of(place)) and (place / MANIFEST_NAME).exists():
+            raise InputError(f"{place / MANIFEST_NAME} is damaged, and would say what the index was merged from: `index` or "
+                             "`merge` it again, then run the same command")
+        below = (place / one["folder"] for one in told.get("merged_from", []))
         found += [one for one in below if all(one.resolve() != known.resolve() for known in found)]
     return found
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.console import InputError
 from pipeline.index import Index
 from pipeline.schema import INDEX_BATCH_ROWS
+from pipeline.seals import UNREADABLE
 
 MAX_WEIGHT = 255  # the sampler tells 256 occurrences of a sample apart
 _NONE = np.empty(0, np.int64)
@@ -147,8 +148,8 @@ def read_skip_lists(paths: tuple[Path, ...]) -> np.ndarray:
     ids = [_NONE]
     for path in paths:
         try:
-            column = pq.read_table(path, columns=["sample_id"])["sample_id"]
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            column = parquet.read(path)[0].read(["sample_id"])["sample_id"]
+        except UNREADABLE as error:
             raise InputError(f"skip list {path} cannot be read ({error}): give a Parquet file with an int64 column sample_id"
                              ) from None
         if column.type != pa.int64():

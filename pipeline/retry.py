@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.console import InputError
 from pipeline.download import REPORT, SETTINGS, Options, download
 from pipeline.fetch import may_heal
-from pipeline.files import replacing
 from pipeline.schema import URLS
 from pipeline.skips import forgotten_ids
 from pipeline.stores import Store
@@ -56,7 +55,7 @@ def retry(folder: Path, speed: dict, command: str = "") -> tuple[Path, Report] |
 def _write_healable(path: Path, last: Path, forgotten: np.ndarray) -> int:
     """The rows that failed in `last` and may heal → `path`; how many. Nothing is written when there are none."""
     count = 0
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, URLS, compression="zstd") as writer:
+    with parquet.writing(path, URLS) as writer:
         for rows in _healable(last, forgotten):
             count += rows.num_rows
             writer.write_table(rows)

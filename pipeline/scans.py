@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline import arrows
+from pipeline.arrows import ArrowFile
+from pipeline.console import err
 from pipeline.files import replacing
 from pipeline.processes import in_processes
 from pipeline.progress import Meter
 from pipeline.schema import SCHEMA_VERSION
+from pipeline.seals import UNREADABLE, Damaged, read_json
 from pipeline.skips import Forgotten
+from pipeline.survival import SUMS
 from pipeline.tars import ROWS, SCANNED, Known, scan
 
 SCANS_NAME = ".scans"  # hidden, and of no use to anybody else: it may be deleted at any time
@@ -53,8 +58,11 @@ class Scanned:
 
 
 def _read(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
+    """Raises Damaged, and what else is in seals.UNREADABLE."""
+    file = ArrowFile(path)
+    if not file.sealed:
+        raise Damaged("it has no checksums")  # an older version wrote it
+    return file.table()
 
 
 def scan_path(folder: Path, name: str) -> Path:
@@ -73,8 +81,8 @@ def _scan_to_file(folder: Path, name: str) -> str:
     told = {"stamp": stamp, "size": shard.size, "sha256": shard.sha256, "unusable": shard.unusable,
             "lost": [astuple(one) for one in shard.lost]}
     schema = SCANNED.with_metadata({"scan": json.dumps(told)})
-    with replacing(scan_path(folder, name)) as temporary, pa.ipc.new_file(temporary, schema) as writer:
-        writer.write_table(shard.rows.cast(schema))
+    with replacing(scan_path(folder, name)) as temporary:
+        arrows.write(temporary, schema, shard.rows.cast(schema).to_batches())
     return name
 
 
@@ -84,7 +92,7 @@ def _load(folder: Path, name: str, forgotten: Forgotten) -> Scanned | None:
     try:
         table = _read(path)
         told = json.loads((table.schema.metadata or {})[b"scan"])
-    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+    except UNREADABLE:  # what is damaged is made again
         return None
     if told["stamp"] != _stamp(folder / name) or table.schema.names != SCANNED.names:
         return None
@@ -109,7 +117,23 @@ def scanned(folder: Path, names: list[str], workers: int | None, forgotten: Forg
             samples += len(shard.sample_id)
             meter.at(len(found), f"{samples:,} samples")
     _tidy(folder, names)
+    _warn(folder, [found[name] for name in names])
     return [found[name] for name in names]
+
+
+def downloaded(tar: Path) -> str:
+    """The sha256 that a tar had when it was downloaded; empty where nothing tells it."""
+    stats = tar.with_name(f"{tar.stem}_stats.json")
+    sums = read_json(stats, "delete this shard's files and run the download again").get(SUMS) if stats.is_file() else None
+    return sums.get(".tar", "") if isinstance(sums, dict) else ""
+
+
+def _warn(folder: Path, shards: list[Scanned]) -> None:
+    """Say which tars have changed since they were downloaded."""
+    changed = [shard.name for shard in shards if downloaded(folder / shard.name) not in ("", shard.sha256)]
+    if changed:
+        err.print(f"warning: {len(changed):,} tars are not as they were downloaded, the first is {folder / changed[0]}: "
+                  f"`uniclip-data verify {folder}` names them and the cure", style="yellow", highlight=False)
 
 
 def _fresh(folder: Path, names: list[str], workers: int | None) -> Iterator[str]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.console import InputError, existing
-from pipeline.files import replacing
 from pipeline.schema import FORGOTTEN, SKIPS
+from pipeline.seals import UNREADABLE
 from pipeline.stores import Store
 
 if TYPE_CHECKING:
@@ -27,16 +27,20 @@ FORGOTTEN_NAME = "forgotten.parquet"  # beside the shards, or beside a merged in
 def write_skips(path: Path, reasons: dict[int, str]) -> None:
     """A skip list (schema.SKIPS) of sample id → reason, ascending."""
     ids = sorted(reasons)
-    with replacing(path) as temporary:
-        pq.write_table(pa.table([ids, [reasons[one] for one in ids]], schema=SKIPS), temporary)
+    parquet.write(path, pa.table([ids, [reasons[one] for one in ids]], schema=SKIPS))
+
+
+def _of(source: Path | bytes, name: str) -> pa.Table:
+    try:
+        return parquet.read(source)[0].read()
+    except UNREADABLE as error:
+        raise InputError(f"skip list {name} is no Parquet file, or it is damaged ({error}): put a copy back, or remove it and "
+                         "make it again") from None
 
 
 def _read(path: Path) -> pa.Table:
     """With the columns of schema.SKIPS at least. Raises InputError."""
-    try:
-        table = pq.ParquetFile(existing(path, "the skip list")).read()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"skip list {path} cannot be read ({error})") from None
+    table = _of(existing(path, "the skip list"), str(path))
     if missing := set(SKIPS.names) - set(table.column_names):
         raise InputError(f"skip list {path} has no column {min(missing)!r}: write it with `uniclip-data filter`")
     return table
@@ -111,8 +115,7 @@ class Forgotten:
         ids = sorted(self.ids.keys() - of_bytes.values())
         columns = [[*ids, *of_bytes.values()], [*(self.ids[one] for one in ids), *(self.hashes[one] for one in of_bytes)],
                    [*(None for _ in ids), *of_bytes]]
-        with replacing(path) as temporary:
-            pq.write_table(pa.table(columns, schema=FORGOTTEN), temporary)
+        parquet.write(path, pa.table(columns, schema=FORGOTTEN))
 
 
 def forgotten(folder: Path) -> dict[int, str]:
@@ -132,7 +135,7 @@ def forgotten_in(store: Store) -> Forgotten:
         return Forgotten.beside(store.local)
     if not store.exists(FORGOTTEN_NAME):
         return Forgotten()
-    return Forgotten.of(pq.ParquetFile(pa.BufferReader(store.read(FORGOTTEN_NAME))).read())
+    return Forgotten.of(_of(store.read(FORGOTTEN_NAME), f"{store}/{FORGOTTEN_NAME}"))
 
 
 def forgotten_ids(store: Store) -> np.ndarray:

@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.console import InputError, WorkFailed, existing
 from pipeline.files import replacing
 from pipeline.progress import Meter
@@ -209,7 +209,7 @@ def _write(chunks: Iterator[pa.Table], out: Path, buckets: int, tally: Tally) ->
         by_row = _scatter((_united(_read(path), tally) for path in by_hash),
                           lambda t: (t["source_row"].to_numpy() - 1) * buckets // tally.rows, buckets,
                           Path(scratch, "row"))
-        with replacing(out) as temporary, pq.ParquetWriter(temporary, URLS, compression="zstd") as writer:
+        with parquet.writing(out, URLS) as writer:
             for path in by_row:
                 rows = _read(path).sort_by("source_row")
                 tally.urls += rows.num_rows
@@ -258,5 +258,5 @@ def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, Exi
 
 def first_url(urls: Path) -> str:
     """The first URL of a table that `write_urls` wrote, "" when it has none."""
-    batch = next(pq.ParquetFile(urls).iter_batches(1, columns=["url"]), None)
+    batch = next(parquet.opened(urls, "write it again").iter_batches(1, columns=["url"]), None)
     return "" if batch is None else batch["url"][0].as_py()

@@ -1,6 +1,5 @@
 """A folder to put finished files into: on this machine, or behind any fsspec URL (s3://…, gs://…, memory://…)."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +9,7 @@ from typing import Any
 import fsspec
 
 from pipeline.console import InputError
-from pipeline.files import write_json
+from pipeline.seals import open_json, sealed_json, write_sealed_json
 
 
 @contextmanager
@@ -75,22 +74,20 @@ class Store:
         with _driving():
             return self._fs.cat_file(self._path(name))
 
-    def read_json(self, name: str) -> Any:
-        """Raises InputError for a file that is no JSON object."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Raises InputError for a damaged file."""
         try:
-            value = json.loads(self.read(name))
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise InputError(f"{self}/{name} is damaged: delete it and run the download again, or choose another folder")
-        return value
+            return open_json(self.read(name))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self}/{name} is damaged ({error}): delete it and run the download again, or choose another "
+                             "folder") from None
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
         if self.local:
-            write_json(self.local / name, value)
+            write_sealed_json(self.local / name, value)
             return
         with _driving():
-            self._fs.pipe_file(self._path(name), json.dumps(value, indent=2, ensure_ascii=False).encode())
+            self._fs.pipe_file(self._path(name), sealed_json(value, indent=2, ensure_ascii=False))
 
     def take(self, path: Path) -> None:
         """Move a finished file of this machine here, under its own name."""

@@ -1,18 +1,21 @@
 """What became of every URL: the per-shard tables that img2dataset leaves, added up by outcome."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline import parquet
 from pipeline.console import InputError, WorkFailed
+from pipeline.seals import UNREADABLE, Damaged
 from pipeline.stores import Store
 
 DIGITS = 5  # of a shard's number
 SUFFIXES = (".tar", ".parquet", "_stats.json")  # a shard's files, the last one written last
+SUMS = "sha256"  # in a shard's _stats.json: suffix → sha256 of its tar and its table; older ones have none
 FORGOTTEN = "forgotten"  # the class of a URL that a takedown names: never asked for
 
 
@@ -53,10 +56,14 @@ def outcomes(store: Store, shard: int, columns: Iterable[str]) -> pa.Table:
     Raises InputError for a damaged file.
     """
     wanted = list(dict.fromkeys([*columns, "status", "error_message"]))
+    name, told = f"{shard_name(shard)}.parquet", store.read_json(f"{shard_name(shard)}_stats.json").get(SUMS, {})
     try:
-        file = pq.ParquetFile(pa.BufferReader(store.read(f"{shard_name(shard)}.parquet")))
+        data = store.read(name)
+        if told and told.get(".parquet") != hashlib.sha256(data).hexdigest():
+            raise Damaged
+        file, _ = parquet.read(data)
         table = file.read(columns=[name for name in wanted if name in file.schema_arrow.names])
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{store}/{shard_name(shard)}.parquet is damaged ({error}): delete {shard_name(shard)}* there and "
                          "run the download again") from None
     told = zip(table["status"].to_pylist(), table["error_message"].to_pylist(), strict=True)

@@ -5,7 +5,6 @@ tars, and their keys and captions in the indexes. Bytes and rows keep their plac
 right and a run goes on; the next `index` or `merge` leaves the rows out.
 """
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -17,17 +16,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline import arrows, parquet
 from pipeline.console import InputError, existing
-from pipeline.files import alone, homes, replacing, sha256_of, write_json
+from pipeline.files import alone, homes, replacing, sha256_of
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index, manifest_of
 from pipeline.indexing import build_locked, remove
 from pipeline.merging import Input, merge_locked, places, scans_below
 from pipeline.scans import Scanned
 from pipeline.schema import INDEX, sample_id_of
+from pipeline.seals import read_json, write_sealed_json
 from pipeline.skips import FORGOTTEN_NAME, Forgotten, present
-from pipeline.survival import FORGOTTEN
+from pipeline.survival import FORGOTTEN, SUMS
 from pipeline.tars import Known, blank, is_utf8
 
 _SHA256 = re.compile(r"(?i)[0-9a-f]{64}")
@@ -168,23 +168,28 @@ def _check(tars: Iterable[Path]) -> None:
 
 def _blank(tars: dict[Path, set[Known]], scans: dict[Path, Scanned]) -> dict[Path, str]:
     """Put zeros into the tars; nothing of these samples stays in their scans. Every tar's new sha256."""
+    sums = {tar.resolve(): scan.sha256 for tar, scan in scans.items()}
     for tar, taken in tars.items():
-        _mark(tar, {one.key for one in taken})
-        blank(tar, {one.key for one in taken})
+        keys = {one.key for one in taken}
+        stats = _mark(tar, keys)
+        blank(tar, keys)
         scans[tar].path.unlink(missing_ok=True)
-    return {tar.resolve(): sha256_of(tar) if tar in tars else scan.sha256 for tar, scan in scans.items()}
+        sums[tar.resolve()] = sha256_of(tar)
+        if stats:
+            files = [path for path in (tar, tar.with_suffix(".parquet")) if path.exists()]
+            write_sealed_json(_stats_of(tar), {**stats, SUMS: {path.suffix: sha256_of(path) for path in files}})
+    return sums
 
 
 def _scrub(index: Index, sums: dict[Path, str]) -> None:
     """The same index with FORGOTTEN for key and captions of what is forgotten; its fingerprint stays. sums: tar → sha256."""
     gone = pa.array(np.delete(index.columns(np.arange(len(index)))["sample_id"], present(index)))
     if len(gone):
-        with replacing(index.folder / INDEX_NAME) as temporary, pa.ipc.new_file(temporary, INDEX) as writer:
-            for number in range(index.file.num_record_batches):
-                writer.write_batch(_scrubbed(index.file.get_batch(number), gone))
+        with replacing(index.folder / INDEX_NAME) as temporary:
+            arrows.write(temporary, INDEX, (_scrubbed(index.batch(number), gone) for number in range(index.file.batches)))
     shards = [{**shard, "sha256": sums.get((index.folder / shard["name"]).resolve(), shard["sha256"])}
               for shard in index.manifest["shards"]]
-    write_json(index.folder / MANIFEST_NAME, {**index.manifest, "shards": shards})
+    write_sealed_json(index.folder / MANIFEST_NAME, {**index.manifest, "shards": shards})
 
 
 def _scrubbed(batch: pa.RecordBatch, gone: pa.Array) -> pa.RecordBatch:
@@ -207,12 +212,19 @@ def _remake(place: Path, previous: dict) -> None:
         build_locked(place, command=command)
 
 
-def _mark(tar: Path, keys: set[str]) -> None:
-    """In a download's tables what was stored is now a failure of the class `forgotten`, and its hash is gone with it."""
-    path = tar.with_suffix(".parquet")
-    rows = pq.read_table(path) if path.exists() else pa.table({})
+def _mark(tar: Path, keys: set[str]) -> dict:
+    """In a download's tables what was stored is now a failure of the class `forgotten`, and its hash is gone with it.
+
+    Returns the stats, as they will be when the tar is rewritten, too; until then they name no checksums.
+    """
+    table, stats = tar.with_suffix(".parquet"), _stats_of(tar)
+    told = read_json(stats, "run the download again, then forget again") if stats.exists() else {}
+    if told.pop(SUMS, None):
+        write_sealed_json(stats, told)
+    rows = parquet.opened(table, "delete this shard's files, run the download again, then forget again").read() \
+        if table.exists() else pa.table({})
     if not {"key", "status", "error_message"} <= set(rows.column_names):
-        return
+        return told
     success = np.array(rows["status"].to_pylist()) == "success"
     hit = success & np.isin(np.array(rows["key"].to_pylist(), object), list(keys))
     for name, value in {"status": "failed_to_download", "error_message": FORGOTTEN, "sha256": None}.items():
@@ -220,14 +232,11 @@ def _mark(tar: Path, keys: set[str]) -> None:
             column = pc.if_else(  # pyright: ignore[reportAttributeAccessIssue]
                 pa.array(hit), pa.scalar(value, pa.string()), rows[name].cast(pa.string()))
             rows = rows.set_column(rows.schema.get_field_index(name), name, column)
-    with replacing(path) as temporary:
-        pq.write_table(rows, temporary)
-    _count(tar.with_name(f"{tar.stem}_stats.json"), int((success & ~hit).sum()))
+    parquet.write(table, rows)
+    stored = int((success & ~hit).sum())
+    lost = told["successes"] - stored if told else 0
+    return told and {**told, "successes": stored, "failed_to_download": told.get("failed_to_download", 0) + lost}
 
 
-def _count(path: Path, stored: int) -> None:
-    """The stats beside a table that has `stored` images left."""
-    if path.exists():
-        told = json.loads(path.read_bytes())
-        lost = told["successes"] - stored
-        write_json(path, {**told, "successes": stored, "failed_to_download": told.get("failed_to_download", 0) + lost})
+def _stats_of(tar: Path) -> Path:
+    return tar.with_name(f"{tar.stem}_stats.json")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import tempfile
 import threading
@@ -13,10 +14,12 @@ from PIL import Image
 from pipeline.console import WorkFailed
 from pipeline.download import COLUMNS, Options, Task
 from pipeline.fetch import Failure, fetch
+from pipeline.files import sha256_of
 from pipeline.images import Undecodable, inspect, plain_bytes
 from pipeline.robots import Robots
+from pipeline.seals import write_sealed_json
 from pipeline.stores import Store
-from pipeline.survival import DIGITS, FORGOTTEN, shard_files, shard_name, so_far
+from pipeline.survival import DIGITS, FORGOTTEN, SUFFIXES, SUMS, shard_files, shard_name, so_far
 from pipeline.tars import why_undecodable
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # albumentations phones home when img2dataset imports it
@@ -154,6 +157,9 @@ def download_shard(options: Options, out: Store, scratch: str | None, task: Task
         if written != expected:  # img2dataset prints and drops a sample that it cannot write
             raise WorkFailed(f"shard {shard_name(task.shard)}: {expected - written} of {expected} rows could not be "
                              f"written, perhaps the disk of {out} is full: run the same command again to go on")
+        stats = json.loads(files[2].read_bytes())
+        sums = {suffix: sha256_of(path) for suffix, path in zip(SUFFIXES[:2], files[:2], strict=True)}
+        write_sealed_json(files[2], {**stats, SUMS: sums})
         for path in files:
             out.take(path)
     return task.shard

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import typer
 
-from pipeline.files import write_json
+from pipeline import arrows
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
+from pipeline.seals import write_sealed_json
 
 _PER_SHARD = 10_000
 _WORDS = ["photo", "of", "a", "dog", "on", "the", "beach", "at", "sunset", "with", "red", "car"]
@@ -32,11 +33,11 @@ def make(folder: Path, samples: int) -> None:
     shards = [f"{number:05}.tar" for number in range(-(-samples // _PER_SHARD))]
     dictionary, sources = pa.array(shards), pa.array(["cc3m", "cc12m", "yfcc15m-v2"])
     random = np.random.default_rng(0)
-    with pa.ipc.new_file(folder / INDEX_NAME, INDEX) as writer:
-        for start in range(0, samples, INDEX_BATCH_ROWS):
-            writer.write_batch(_batch(np.arange(start, min(start + INDEX_BATCH_ROWS, samples)), dictionary, sources, random))
+    arrows.write(folder / INDEX_NAME, INDEX, (
+        _batch(np.arange(start, min(start + INDEX_BATCH_ROWS, samples)), dictionary, sources, random)
+        for start in range(0, samples, INDEX_BATCH_ROWS)))
     counts = np.bincount(np.arange(samples) // _PER_SHARD)
-    write_json(folder / MANIFEST_NAME, {
+    write_sealed_json(folder / MANIFEST_NAME, {
         "schema_version": SCHEMA_VERSION, "counts": {"samples": samples, "merged": 0, "excluded": {}},
         "fingerprint": "0" * 64, "sources": sources.to_pylist(), "created_by": {}, "shards": [
             {"name": name, "size": 0, "sha256": "0" * 64, "samples": int(count)}

@@ -1,0 +1,81 @@
+"""Parquet as we write and read it: checksums of every page, which other programs check too, and of the whole file.
+
+The latter stands among the key-value pairs of the footer, where every reader passes over it.
+"""
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.console import InputError
+from pipeline.files import replacing
+from pipeline.seals import UNREADABLE, Damaged, crc32
+
+_KEY = b"uniclip.crc32"
+_MARK = b"crc32 of this file, with zeros here: "
+_BLANK = b"0" * 8
+_WITHIN = 1 << 24  # of the file's end
+
+
+@contextmanager
+def writing(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer of a file that takes its name when the block ends well."""
+    with replacing(path) as temporary:
+        with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer:
+            yield writer
+            writer.add_key_value_metadata({_KEY: _MARK + _BLANK})
+        _seal(temporary)
+
+
+def write(path: Path, table: pa.Table) -> None:
+    """A whole table."""
+    with writing(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _seal(path: Path) -> None:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+        at = data.rfind(_MARK) + len(_MARK)
+        data[at:at + 8] = b"%08x" % _sum(data, at)
+
+
+def _sum(data: mmap.mmap | bytes, at: int) -> int:
+    with memoryview(data) as view, view[:at] as head, view[at + 8:] as tail:
+        return crc32(tail, crc32(_BLANK, crc32(head)))
+
+
+def _check(data: mmap.mmap | bytes) -> bool:
+    """Whether there is a checksum. Raises Damaged where it does not match."""
+    found = data.rfind(_MARK, max(len(data) - _WITHIN, 0))
+    at = found + len(_MARK)
+    if found >= 0 and data[at:at + 8] != b"%08x" % _sum(data, at):
+        raise Damaged
+    return found >= 0
+
+
+def read(source: Path | bytes) -> tuple[pq.ParquetFile, bool]:
+    """A file that was checked as a whole, and whether it has a checksum of ours; else its pages are, as they are read.
+
+    Raises what is in UNREADABLE.
+    """
+    if isinstance(source, bytes):
+        sealed = _check(source)
+    else:
+        with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            sealed = _check(data)
+    file = pq.ParquetFile(pa.BufferReader(source) if isinstance(source, bytes) else source, page_checksum_verification=True)
+    if not sealed and _KEY in (file.metadata.metadata or {}):
+        raise Damaged("its checksum is gone")
+    return file, sealed
+
+
+def opened(path: Path, cure: str) -> pq.ParquetFile:
+    """Raises InputError for a file that cannot be read."""
+    try:
+        return read(path)[0]
+    except UNREADABLE as error:
+        raise InputError(f"{path} is no Parquet file, or it is damaged ({error}): {cure}") from None
