@@ -25,6 +25,7 @@ _BYTES_OF_URL = 30_000  # of a 256-pixel JPEG with its text, as img2dataset has 
 _OPEN_FILES = 4096
 _RESIZES_GOOD = 150  # of 1024×768 → 256 pixels a second and core, below which images are resized slower than decoded
 _DISK_GOOD = 100  # MB/s
+_PILLOW = 13  # the first release whose decoders have no known hole
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,21 @@ def resize_rate(seconds: float = 0.3) -> float:
 def _pillow() -> Finding:
     rate, simd = resize_rate(), "post" in PIL.__version__
     kind = "Pillow-SIMD" if simd else "Pillow"
+    found = f"{kind} {PIL.__version__}, {rate:,.0f} resizes/s on a core"
+    if int(PIL.__version__.partition(".")[0]) < _PILLOW:
+        cure = f"only for pictures you trust: Pillow {_PILLOW} closed holes in its decoders"
+        return Finding("Pillow", found, None if simd else False, cure + ("" if simd else f": pip install 'pillow>={_PILLOW}'"))
     good = rate >= _RESIZES_GOOD
-    cure = "the cores are busy or slow" if simd else "`make simd` installs Pillow-SIMD, 6 × as fast"
-    return Finding("Pillow", f"{kind} {PIL.__version__}, {rate:,.0f} resizes/s on a core", good, "" if good else cure)
+    return Finding("Pillow", found, good, "" if good else "the cores are busy or slow; `make simd` installs Pillow-SIMD, "
+                   "6 × as fast, for pictures you trust")
+
+
+def _dataclasses() -> Finding:
+    there = _version("dataclasses")
+    found = f"back-port {there} is installed (img2dataset asks for it)" if there else "Python's own"
+    return Finding("dataclasses", found, None,
+                   "harmless here; with site-packages on PYTHONPATH, or after pip --target, it hides Python's own module and "
+                   "nothing starts: unset PYTHONPATH, or pip uninstall dataclasses" if there else "")
 
 
 def _files() -> Finding:
@@ -157,7 +170,7 @@ def _extra(name: str, module: str, why: str) -> Finding:
 def examine(folder: Path, urls: int = 0, image_size: int = 256) -> Iterator[Finding]:
     """Every finding, as it is made."""
     checks: list[Callable[[], Finding]] = [
-        _python, _torch, _dali, _pillow, _files, _resolver, _lookup, lambda: _speed(folder),
+        _python, _dataclasses, _torch, _dali, _pillow, _files, _resolver, _lookup, lambda: _speed(folder),
         lambda: _space(folder, urls, image_size),
         lambda: _extra("Ray", "ray", "for --distributor ray"), lambda: _extra("Spark", "pyspark", "for --distributor spark")]
     for check in checks:

@@ -2,10 +2,12 @@
 
 import html
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -206,6 +208,15 @@ def test_the_doctor_names_a_cure_for_each_red_line(tmp_path, monkeypatch):
     assert {"Pillow", "open files", "disk speed", "disk space"} <= bad
     assert all(found[what].cure for what in bad)
     assert found["open files"].cure == "ulimit -n 4096"
+    assert "back-port" in found["dataclasses"].found and "PYTHONPATH" in found["dataclasses"].cure
+
+
+def test_a_back_port_that_hides_a_module_of_pythons_is_named(tmp_path):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages/dataclasses.py").write_text("raise AttributeError('module typing has no attribute _ClassVar')")
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}/site-packages"})
+    assert done.returncode and "dataclasses.py hides Python's own dataclasses: unset PYTHONPATH" in done.stderr
 
 
 def test_the_commands(folder, tmp_path):
