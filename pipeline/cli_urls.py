@@ -46,7 +46,8 @@ def table(
     Example: `uniclip-data urls table captions.tsv urls.parquet --url-column image --where split=train
     --url-prefix http://127.0.0.1:8000/`
     """
-    from pipeline.sources import Choice, condition, first_url, write_urls
+    from pipeline.choice import Choice, condition
+    from pipeline.sources import first_url, write_urls
 
     conditions = tuple(condition(text) for text in where or ())
     choice = Choice(url_column, tuple(caption_column or ["caption"]), url_prefix, conditions, source,

@@ -107,7 +107,7 @@ def is_evalset(folder: Path) -> bool:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it") from None
 
@@ -188,7 +188,7 @@ def _tar_samples(shard: Path) -> Iterator[dict]:
 def _label(sample: dict, where: str, evalset: EvalSet) -> int:
     if "cls" not in sample:
         raise InputError(f"{where}: no .cls member; a retrieval set says so in {DATASET_TYPE}")
-    text = sample["cls"].decode("ascii", "replace").strip()
+    text = sample["cls"].removeprefix(b"\xef\xbb\xbf").decode("ascii", "replace").strip()
     if not text.isdecimal():
         raise InputError(f"{where}: label {text!r} is not a non-negative integer")
     if evalset.classnames and int(text) >= len(evalset.classnames):
@@ -201,7 +201,7 @@ def _captions(sample: dict, where: str) -> list[str]:
     if "txt" not in sample:
         raise InputError(f"{where}: no .txt member with captions; is this set of kind {RETRIEVAL}?")
     try:
-        captions = [line for line in sample["txt"].decode("utf-8").splitlines() if line.strip()]
+        captions = [line for line in sample["txt"].decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: its .txt member is not UTF-8 (byte {error.start})") from None
     if not captions:

@@ -14,8 +14,9 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
+from pipeline.choice import Choice
 from pipeline.console import InputError, existing
-from pipeline.sources import Choice, Tally, write_table
+from pipeline.sources import Tally, write_table
 from pipeline.tables import Read, Table, cells_of, jsonl, lines, opened, tsv
 
 _URL = re.compile(r"(?i)https?://")
@@ -64,7 +65,7 @@ def _plausible(table: Table, path: Path) -> Table:
 
 def _declip(path: Path, stack: ExitStack) -> Table:
     """JSON lines, though the file is called .json."""
-    table = jsonl(path, stack)
+    table = jsonl(path, stack, ("url", "caption"))
     missing = {"url", "caption"} - set(table.names)
     if missing:
         raise InputError(f"{path} line 1: no {' and '.join(sorted(missing))}; expected one JSON object a line with caption, "

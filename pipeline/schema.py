@@ -75,9 +75,14 @@ SKIPS = pa.schema([("sample_id", pa.int64()), ("reason", pa.string())],
 FORGOTTEN = pa.schema([*SKIPS, ("sha256", pa.string())], metadata={"uniclip.schema": f"forgotten/{SCHEMA_VERSION}"})
 
 
+def resource(url: str) -> str:
+    """The URL without its fragment, which no server ever sees (RFC 3986, 3.5): a.jpg#x and a.jpg are one picture."""
+    return url.partition("#")[0]
+
+
 def sample_id_of(url_or_bytes: str | bytes) -> int:
-    """The first 63 bits of sha256 of the URL, or of the image bytes where no URL is known."""
-    data = url_or_bytes.encode() if isinstance(url_or_bytes, str) else url_or_bytes
+    """The first 63 bits of sha256 of the URL without its fragment, or of the image bytes where no URL is known."""
+    data = resource(url_or_bytes).encode() if isinstance(url_or_bytes, str) else url_or_bytes
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 

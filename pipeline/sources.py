@@ -4,7 +4,6 @@ Rows travel: read → scattered by hash of the URL, so that equal URLs meet in o
 scattered by row number, so that the order of the source comes back. Memory is one bucket, however long the table.
 """
 
-import difflib
 import json
 import re
 import tempfile
@@ -12,13 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import parquet
+from pipeline.choice import Choice, Selector
 from pipeline.console import InputError, WorkFailed, existing
 from pipeline.files import replacing
 from pipeline.progress import Meter
@@ -27,19 +25,6 @@ from pipeline.tables import READERS, Table
 
 _CHUNK_ROWS = 65_536
 _BUCKET_BYTES = 64_000_000  # of text; what is built from it in memory is about five times as large
-_PATH_SAFE = "/~!$&'()*+,;=:@"  # legal in a URL's path, so left as they are by --url-prefix
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which columns to take, from which rows. `where`: (column, value) pairs that all must hold."""
-
-    url: str
-    captions: tuple[str, ...]
-    url_prefix: str = ""
-    where: tuple[tuple[str, str], ...] = ()
-    source: str = ""
-    expect: tuple[int, ...] = ()  # numbers of rows, one of which the table must have; none: any number
 
 
 @dataclass
@@ -79,63 +64,7 @@ class Tally:
         return f"has no usable row: {count:,} of {self.rows:,} refused with {reason!r}, first in line {first}"
 
 
-def condition(text: str) -> tuple[str, str]:
-    """`COLUMN=VALUE` as --where takes it."""
-    column, equals, value = text.partition("=")
-    if not (column and equals):
-        raise InputError(f"--where {text!r} must read COLUMN=VALUE, as in --where split=train")
-    return column, value
-
-
-def _column(names: list[str], wanted: str, path: Path) -> int:
-    if names.count(wanted) > 1:
-        raise InputError(f"{path} has {names.count(wanted)} columns {wanted!r}: rename all but one")
-    if wanted in names:
-        return names.index(wanted)
-    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"{path} has no column {wanted!r}: {hint}it has {', '.join(names)}")
-
-
-def _cells(value: Any) -> list[str]:
-    """The non-empty texts of one cell, which in JSON and Parquet may be a list."""
-    values = value if isinstance(value, list) else [value]
-    return [text for v in values if v is not None and v == v and (text := _as_text(v).strip())]  # NaN is not itself
-
-
-def _as_text(value: Any) -> str:
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
-
-
-class _Selector:
-    """Row as read → (url, captions), the reason it is refused, or None when it is not asked for."""
-
-    def __init__(self, table: Table, choice: Choice, path: Path):
-        self.path, self.prefix = path, choice.url_prefix
-        self.url = _column(table.names, choice.url, path)
-        self.captions = [_column(table.names, name, path) for name in choice.captions]
-        self.where = [(_column(table.names, name, path), value) for name, value in choice.where]
-        self.seen: dict[str, None] = {}  # some values of the --where columns, for the message when none fits
-
-    def __call__(self, cells: list[Any]) -> tuple[str, list[str]] | str | None:
-        for column, value in self.where:
-            if str(cells[column]) != value:
-                if len(self.seen) < 10:
-                    self.seen[str(cells[column])] = None
-                return None
-        urls = _cells(cells[self.url])
-        if not urls:
-            return "empty url"
-        url = self.prefix + quote(urls[0], safe=_PATH_SAFE, errors="surrogateescape") if self.prefix else urls[0]
-        captions = list(dict.fromkeys(text for column in self.captions for text in _cells(cells[column])))
-        try:
-            "".join([urls[0], *captions]).encode()
-        except UnicodeEncodeError:
-            return "not UTF-8"
-        return (url, captions) if captions else "empty caption"
-
-
-def _chunks(table: Table, select: _Selector, choice: Choice, refuse: Callable[[int, str], None],
+def _chunks(table: Table, select: Selector, choice: Choice, refuse: Callable[[int, str], None],
             tally: Tally) -> Iterator[pa.Table]:
     """Tables of schema.URLS, duplicates still in them. Raises InputError when the rows are not as many as expected."""
     columns: tuple[list, ...] = ([], [], [])
@@ -223,7 +152,8 @@ def write_urls(path: Path, out: Path, choice: Choice) -> Tally:
     existing(path, "the table")
     if path.suffix not in READERS:
         raise InputError(f"{path} must end in one of {', '.join(READERS)}")
-    return write_table(path, out, choice, READERS[path.suffix])
+    wanted = {choice.url, *choice.captions, *(column for column, _ in choice.where)}
+    return write_table(path, out, choice, lambda path, stack: READERS[path.suffix](path, stack, wanted))
 
 
 def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, ExitStack], Table]) -> Tally:
@@ -240,7 +170,7 @@ def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, Exi
         log = stack.enter_context(temporary.open("w", encoding="utf-8"))
         table = read(path, stack)
         if not any(table.names):
-            raise InputError(f"{path} is empty")
+            raise InputError(f"{path} {'names no column in its first line' if path.stat().st_size else 'is empty'}")
         if re.search("[\0\ud800-\udfff]", "".join(table.names)):  # undecodable bytes are read as surrogates
             raise InputError(f"{path} is not UTF-8, perhaps UTF-16: save it as UTF-8")
 
@@ -248,7 +178,7 @@ def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, Exi
             tally.refuse(line, reason)
             log.write(json.dumps({"line": line, "reason": reason}) + "\n")
 
-        select = _Selector(table, choice, path)
+        select = Selector(table, choice, path)
         chunks = _chunks(table, select, choice, refuse, tally)
         _write(chunks, out, 1 + path.stat().st_size * table.squeeze // _BUCKET_BYTES, tally)
     if not tally.refused:

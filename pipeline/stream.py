@@ -236,7 +236,7 @@ def _fit(sample: Sample) -> bytes | Exception:
 
 def _named(group_B: np.ndarray, captions: list[str]) -> np.ndarray:
     """Each component by the smallest hash of its captions."""
-    name_B = np.array([sample_id_of(caption) for caption in captions], np.int64)
+    name_B = np.array([sample_id_of(caption.encode()) for caption in captions], np.int64)
     smallest = name_B.copy()
     np.minimum.at(smallest, group_B, name_B)
     return smallest[group_B]

@@ -6,11 +6,11 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 
 from pipeline.console import InputError
 
-_BATCH_ROWS = 65_536
+_BATCH_ROWS = 8_192
+_LOOK_AT, _LOOK_AT_MOST = 100, 65_536  # lines of JSON, for the names of columns
+_CELL_CHARACTERS = 16 << 20  # of a quoted cell; a quote that is never closed must not fill the memory
 _PARQUET_SQUEEZE = 4
 _LINE_BYTES = 64 << 20  # of one line; an endless one must not fill the memory
 _BOM = b"\xef\xbb\xbf"
@@ -101,6 +103,7 @@ def _csv(path: Path, stack: ExitStack) -> Table:
     """RFC 4180 quoting; a cell may hold line breaks."""
     raw = stack.enter_context(path.open("rb"))
     text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(_CELL_CHARACTERS)
     reader = csv.reader(text, strict=True)
     try:
         names = next(reader, [])
@@ -125,11 +128,21 @@ def _csv(path: Path, stack: ExitStack) -> Table:
     return Table(names, rows(), path.stat().st_size, raw.tell)
 
 
-def jsonl(path: Path, stack: ExitStack) -> Table:
-    """One object a line; the columns are the keys of the first hundred."""
+def jsonl(path: Path, stack: ExitStack, wanted: Collection[str] = ()) -> Table:
+    """One object a line; the columns are the keys of the first hundred, or of more until all `wanted` ones are met."""
     file, position, squeeze = opened(path, stack)
-    parsed = [_object(raw) for raw in islice(lines(file, path), 100)]
-    names = list(dict.fromkeys(name for row in parsed if isinstance(row, dict) for name in row))
+    names: dict[str, None] = {}
+    found, first = False, b""
+    for number, raw in enumerate(islice(lines(file, path), _LOOK_AT_MOST), start=1):
+        row, first = _object(raw), first or raw.strip()
+        if isinstance(row, dict):
+            names, found = names | dict.fromkeys(row), True
+        if number >= _LOOK_AT and names.keys() >= set(wanted):
+            break
+    if first[:1] == b"[":
+        raise InputError(f"{path} holds a JSON array, expected one JSON object a line: write it so (jq -c '.[]' {path.name})")
+    if first and not found:
+        raise InputError(f"{path}, {_object(first)}: expected one JSON object a line in UTF-8, found {first[:40]!r}")
     file.seek(0)
 
     def rows() -> Iterator[Read]:
@@ -137,7 +150,7 @@ def jsonl(path: Path, stack: ExitStack) -> Table:
             row = _object(raw)
             yield line, [row.get(name) for name in names] if isinstance(row, dict) else row
 
-    return Table(names, rows(), path.stat().st_size, position, squeeze)
+    return Table(list(names), rows(), path.stat().st_size, position, squeeze)
 
 
 def _object(raw: bytes) -> dict[str, Any] | str:
@@ -148,21 +161,48 @@ def _object(raw: bytes) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _parquet(path: Path, stack: ExitStack) -> Table:
+def _parquet(path: Path, stack: ExitStack, wanted: Collection[str]) -> Table:
+    """Only the `wanted` columns are read: beside them may lie pictures, or types that Python has not."""
     try:
         file = stack.enter_context(pq.ParquetFile(path))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise InputError(f"{path} is no Parquet file: {error}") from None
-    at = 0
+    names, at = file.schema_arrow.names, 0
 
     def rows() -> Iterator[Read]:
         nonlocal at
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-            for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for batch in _batches(file, path, [name for name in names if name in wanted]):
+            columns = [_values(batch.column(name)) if name in wanted else repeat(None, batch.num_rows) for name in names]
+            for cells in zip(*columns, strict=True):
                 at += 1
                 yield at, list(cells)
 
-    return Table(file.schema_arrow.names, rows(), file.metadata.num_rows, lambda: at, _PARQUET_SQUEEZE)
+    return Table(names, rows(), file.metadata.num_rows, lambda: at, _PARQUET_SQUEEZE)
 
 
-READERS = {".tsv": tsv, ".csv": _csv, ".jsonl": jsonl, ".parquet": _parquet}
+def _batches(file: pq.ParquetFile, path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(_BATCH_ROWS, columns=columns)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise InputError(f"{path} is damaged, or holds what cannot be read ({error}): write it again") from None
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """The cells in Python's types; a writer may have put any bytes into a column of strings, any number into one of dates."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return b"\xff"  # like the cell itself no UTF-8
+    except (ValueError, OverflowError):
+        return ()  # no text
+
+
+READERS = {".tsv": lambda path, stack, wanted: tsv(path, stack), ".csv": lambda path, stack, wanted: _csv(path, stack),
+           ".jsonl": jsonl, ".parquet": _parquet}

@@ -25,7 +25,7 @@ def table_of(folder: Path) -> Path | None:
 def rows(table: Path) -> list[Row]:
     """Every row. Raises InputError naming the line that is none."""
     try:
-        lines = table.read_text(encoding="utf-8").split("\n")
+        lines = table.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{table} is not UTF-8 (byte {error.start}): convert it") from None
     header = lines[0].rstrip("\r").split("\t")

@@ -42,8 +42,9 @@ class Takedown:
     hashes: frozenset[str] = frozenset()
 
     def named(self, reason: str) -> Forgotten:
-        """As the list has it."""
-        return Forgotten(dict.fromkeys([*self.ids, *map(sample_id_of, self.urls)], reason),
+        """As the list has it. Sets indexed before fragments were cut have the id of the whole URL, so both are listed."""
+        ids = {sample_id_of(form) for url in self.urls for form in (url, url.encode())}
+        return Forgotten(dict.fromkeys([*self.ids, *ids], reason),
                          dict.fromkeys(self.hashes, reason))
 
 

@@ -4,6 +4,7 @@ import gzip
 import html
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,11 +18,23 @@ START, END, PAD = "<start_of_text>", "<end_of_text>", "<pad>"
 CLIP_MERGES = 49_152 - 256 - 2
 _WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 _SPACES = re.compile(r"\s+")
+CAPTION_CHARACTERS = 1_000_000  # of one sample's captions together; Flickr's longest description has 65,535
+_PLAIN = re.compile(r"[^&\x1b]*[0-9A-Za-z][^&\x1b]*")  # something is always left of it: no entity, no terminal's codes
+# Letters, marks and signs that nobody sees: fillers, joiners, the empty Braille pattern, variation selectors.
+_BLANK = {*"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0",
+          *map(chr, range(0xFE00, 0xFE10)), *map(chr, range(0xE0100, 0xE01F0))}
 
 
 def clean(caption: str) -> str:
     """CLIP's normalisation: mojibake mended, HTML entities decoded twice, spaces collapsed, lower case."""
     return _SPACES.sub(" ", html.unescape(html.unescape(ftfy.fix_text(caption)))).strip().lower()
+
+
+def says_nothing(caption: str) -> bool:
+    """Whether a cleaned caption shows nothing: blanks, entities such as &nbsp;, zero-width and control characters."""
+    if _PLAIN.fullmatch(caption):
+        return False
+    return all(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs") or c in _BLANK for c in clean(caption))
 
 
 def _byte_letters() -> list[str]:

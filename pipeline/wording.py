@@ -59,7 +59,7 @@ class Wording:
         if path is None:
             return cls()
         existing(path, "table of synonyms", "set objective.synonyms to a text file, or leave it out")
-        text, synonyms = path.read_text(encoding="utf-8"), {}
+        text, synonyms = path.read_text(encoding="utf-8-sig"), {}
         for number, line in enumerate(text.splitlines(), start=1):
             word, tab, others = line.partition("\t")
             if not tab or not (found := tuple(other for part in others.split(",") if (other := clean(part)))):
