@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +24,15 @@ from torch import Tensor
 
 from evaluation.embed import embed_images, placed, text_parts
 from evaluation.subject import Subject
-from pipeline.console import InputError, WorkFailed
+from pipeline.console import InputError, WorkFailed, say
 from pipeline.evalsets import EvalSet, Target
-from pipeline.files import write_json
+from pipeline.files import sha256_of, write_json
+from pipeline.seals import open_json, write_sealed_json
 from trainer.batches import IMAGE_BATCH
 from trainer.distributed import ALONE, Ranks
 
 VERSION = 1
-META, TARGETS = "meta.json", "targets.json"
+META, TARGETS, SUMS = "meta.json", "targets.json", "sha256"
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,28 @@ class Cache:
         return ranks.any(ranks.rank == 0 and self._whole(entry))[0]
 
     def _whole(self, entry: Path) -> bool:
-        """Whether the entry is there and its files are as long as it says; a damaged one is removed."""
-        whole = (entry / META).exists()
-        if whole:
-            shapes = json.loads((entry / META).read_text())
-            whole = all(n and (entry / f"{name}.f32").stat().st_size == 4 * n * d for name, (n, d) in shapes.items())
-        if entry.exists() and not whole:
-            shutil.rmtree(entry)
+        """Whether the entry is there and its files are what was written; a damaged one is removed."""
+        whole = False
+        if entry.exists():
+            try:
+                whole = not (damage := _damage(entry, _meta(entry)))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                damage = f"{META}: {error}"
+            if not whole:
+                say(f"{entry}, {damage}: damaged or of an older version, it is computed again")
+                shutil.rmtree(entry)
         self.hits, self.misses = self.hits + whole, self.misses + (not whole)
         return whole
+
+
+def _meta(entry: Path) -> dict[str, Any]:
+    return open_json((entry / META).read_bytes())
+
+
+def _damage(entry: Path, meta: dict[str, Any]) -> str:
+    """The first file that is not what was written, empty where all are."""
+    files = [*(f"{name}.f32" for name in meta["shapes"]), *meta[SUMS]]
+    return next((name for name in files if sha256_of(entry / name) != meta[SUMS][name]), "")
 
 
 @contextmanager
@@ -109,6 +124,9 @@ def _building(entry: Path, ranks: Ranks) -> Iterator[Path]:
                 raise WorkFailed(f"rank {ranks.rank} does not see {partial.parent}, rank 0 does: give a --cache on a disk that "
                                  "all machines share")
             yield partial
+        if first:
+            sums = {path.name: sha256_of(path) for path in partial.iterdir() if path.name != META}
+            write_sealed_json(partial / META, {"shapes": _meta(partial), SUMS: sums})
         if first and not entry.exists():  # else another process was faster; what it wrote is the same
             partial.rename(entry)
         ranks.wait()
@@ -150,9 +168,9 @@ def _store_arrays(folder: Path, names: tuple[str, ...], parts: Iterable[tuple[It
                     file.write(x_W.tobytes())
             widths = [x_NW.shape[1] for x_NW in arrays]
     if ranks.rank == 0:
-        write_json(folder / META, {name: [total(), width] for name, width in zip(names, widths, strict=True)})
+        write_sealed_json(folder / META, {name: [total(), width] for name, width in zip(names, widths, strict=True)})
 
 
 def _mapped(entry: Path, name: str) -> Tensor:
-    shape = tuple(json.loads((entry / META).read_text())[name])
+    shape = tuple(_meta(entry)["shapes"][name])
     return torch.from_numpy(np.memmap(entry / f"{name}.f32", np.float32, "c", shape=shape))

@@ -1,13 +1,14 @@
 """The course of a run as inline SVG that takes the page's text colour and needs nothing from outside."""
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from pipeline.seals import read_lines
 
 INK = "#010203"  # stands for the page's text colour until the SVG is part of the page
 COLOURS = ("#3b82c4", "#d9822b", "#3a9d6e")
@@ -22,9 +23,12 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps in metrics.jsonl, none when it is absent; a last line still being written is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [metrics for metrics in map(json.loads, lines) if "loss" in metrics]  # the others are of evaluations
+    """The steps in metrics.jsonl, none when it is absent; a last line still being written is left out.
+
+    Raises InputError for a damaged line.
+    """
+    lines = read_lines(path, "remove the line: the curves will do without it")
+    return [metrics for metrics in lines if "loss" in metrics]  # the others are of evaluations
 
 
 def loss_curve(metrics: list[dict[str, Any]]) -> str:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from evaluation.embed import placed
 from evaluation.outcomes import Ranks
 from evaluation.task import Pairs
+from pipeline.console import InputError
 from pipeline.evalsets import EvalSet
-from pipeline.files import write_json
 from pipeline.images import upright_rgb
+from pipeline.seals import open_json, write_sealed_json
 from trainer.metrics import nearest
 
 QUERIES, CAPTIONS_FOUND, IMAGES_FOUND, EXTREMES = 6, 3, 5, 4
@@ -107,14 +108,17 @@ def path_beside(results: Path) -> Path:
 
 
 def read(results: Path) -> list[Entry]:
-    """The stored entries, one a set and split; none when the file is absent or is no list."""
+    """The stored entries, one a set and split; none when the file is absent. Raises InputError."""
     path = path_beside(results)
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return stored if isinstance(stored, list) else []
+    text = path.read_bytes() if path.exists() else b"[]"
+    try:
+        return json.loads(text) if text.startswith(b"[") else open_json(text).get("examples", [])  # a list in older versions
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): remove it, and measure the sets again") from None
 
 
 def store(results: Path, entry: Entry) -> None:
     """Add an entry; one of the same dataset, split and weights is replaced."""
     same = ("dataset", "split", "weights_sha256")
     others = [old for old in read(results) if any(old.get(name) != entry[name] for name in same)]
-    write_json(path_beside(results), [*others, entry])
+    write_sealed_json(path_beside(results), {"examples": [*others, entry]})

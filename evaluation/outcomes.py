@@ -3,15 +3,20 @@
 Q queries, U independent units (images), N images.
 """
 
+import io
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from evaluation.results import Measured
 from evaluation.statistics import bootstrap, wilson
+from pipeline.console import InputError
 from pipeline.files import replacing
+from pipeline.seals import has_trailer, with_trailer, without_trailer
 from trainer.metrics import KS
 
 # Metric → whose ranks, the K a rank must be below, how the queries are averaged.
@@ -84,12 +89,20 @@ def store(path: Path, ranks: Ranks) -> None:
     """Write ranks and groups as a compressed npz."""
     arrays = {f"{whose}_{what}": values.astype(np.int32)
               for whose, pair in ranks.items() for what, values in zip(("rank", "group"), pair, strict=True)}
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    with replacing(path) as temporary:
+        temporary.write_bytes(with_trailer(file.getvalue()))
 
 
 def read(path: Path) -> Ranks:
-    """What `store` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name.removesuffix("_rank"): (arrays[name], arrays[name.removesuffix("rank") + "group"])
-                for name in arrays.files if name.endswith("_rank")}
+    """What `store` wrote. Raises InputError."""
+    try:
+        data = path.read_bytes()
+        data = without_trailer(data) if has_trailer(data) else data
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {name.removesuffix("_rank"): (arrays[name], arrays[name.removesuffix("rank") + "group"])
+                    for name in arrays.files if name.endswith("_rank")}
+    except (OSError, ValueError, KeyError, BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it and its rows from the results file, and measure the set again"
+                         ) from None

@@ -1,12 +1,12 @@
 """Result rows: one JSON line a number, with its interval and everything needed to get it again."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.console import InputError
+from pipeline.seals import read_lines, sealed_json
 
 Row = dict[str, Any]
 
@@ -49,11 +49,9 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises InputError naming a line that is no row.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, row in enumerate(read_lines(path, "remove the line, and measure it again"), 1):
         try:
-            row = json.loads(line)
             rows.append(row | {"value": float(row["value"]), "metric": str(row["metric"])})
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}, line {number} is no result row: repair or remove the line") from None
@@ -68,4 +66,4 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         written = file.read()
         if not written.endswith(b"\n") and written:
             file.truncate(written.rfind(b"\n") + 1)
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.write(b"".join(sealed_json(row, ensure_ascii=False) + b"\n" for row in rows))

@@ -165,6 +165,32 @@ def peek(
     say(f"{out}: {shown:,} samples")
 
 
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", callback=on_this_machine,
+                                            help="Folder of a download, an index, a merged index or a run.")],
+    workers: Workers = None,
+) -> None:
+    """Is every file still what was written? Reads all of them once, tars too, and changes nothing; exits 1 when one is not.
+
+    Disks and copies flip bits, also in files whose time of change stays. What a command uses is checked when it is used,
+    but for the bytes of the tars; this checks the whole.
+
+    Example: `uniclip-data verify shards`
+    """
+    from pipeline.console import OK, WORK_FAILED
+    from pipeline.verify import verify as run_verify
+
+    done = run_verify(folder, workers)
+    columns = [(str(fault.path), fault.found, fault.cure) for fault in done.faults]
+    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
+    for row in columns:
+        say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    for cure, paths in done.unsealed.items():
+        say(f"{len(paths):>12,}  have no checksum, such as {paths[0]}: {cure}")
+    say(f"{len(done.faults):>12,}  of {done.files:,} files ({done.size / 1e9:,.1f} GB) are not what was written")
+    raise typer.Exit(WORK_FAILED if done.faults else OK)
+
+
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Where the set will be.")] = Path(),
     urls: Annotated[int, typer.Option(min=0, help="URLs that are planned, for the disk space.")] = 0,
@@ -191,4 +217,4 @@ def doctor(
     raise typer.Exit(code)
 
 
-COMMANDS = (stats, duplicates, overlap, filter, forget, card, peek, doctor)
+COMMANDS = (stats, duplicates, overlap, filter, forget, card, peek, verify, doctor)

@@ -1,11 +1,11 @@
 """Bad samples met at run time: a line each, and the share of them that ends the run."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.console import WorkFailed
+from pipeline.seals import read_lines, sealed_json
 
 GRACE = 100  # samples before the share of bad ones means anything
 
@@ -32,15 +32,15 @@ class Ledger:
     def resumed(cls, path: Path, budget: float, samples_seen: int, over_ranks: Callable[..., list[int]] = _alone
                 ) -> "Ledger":
         """The ledger of a run that stands at `samples_seen`; its lines about samples until there count."""
-        lines = path.read_text().splitlines() if path.is_file() else []
-        bad = sum(json.loads(line)["samples"] <= samples_seen for line in lines)  # a faster rank may have added to them
+        lines = read_lines(path, "remove the line: its sample will not count")
+        bad = sum(line["samples"] <= samples_seen for line in lines)  # a faster rank may have added to them
         return cls(path, budget, samples_seen, bad, over_ranks)
 
     def count(self, samples: int, bad: list[dict]) -> None:
         """Record; raises WorkFailed once more than `budget` of at least GRACE samples were bad."""
         if bad and self.path:
             with self.path.open("ab", buffering=0) as file:  # one write: ranks append to the same file
-                file.write("".join(json.dumps(line) + "\n" for line in bad).encode())
+                file.write(b"".join(sealed_json(line) + b"\n" for line in bad))
         samples, found = self.over_ranks(samples, len(bad))
         self.seen, self.bad = self.seen + samples, self.bad + found
         if found and self.seen >= GRACE and self.bad > self.budget * self.seen:

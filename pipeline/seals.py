@@ -109,6 +109,11 @@ def with_trailer(data: bytes) -> bytes:
     return data + _TRAILER + _hex(data)
 
 
+def has_trailer(data: bytes) -> bool:
+    """Or had one before it was damaged."""
+    return _much_like(data[-len(_TRAILER) - _DIGITS:-_DIGITS], _TRAILER)
+
+
 def without_trailer(data: bytes) -> bytes:
     """What `with_trailer` was given. Raises Damaged, also for data without a checksum."""
     head = data[:-len(_TRAILER) - _DIGITS]

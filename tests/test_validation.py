@@ -54,7 +54,8 @@ def lines(folder: Path) -> tuple[list[list], list[dict]]:
     """Of metrics.jsonl what is a matter of training alone, and the evaluations without their seconds."""
     every = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [[m[name] for name in ("step", "samples", "loss", "grad_norm", "temperature")] for m in every if "loss" in m]
-    return steps, [{name: x for name, x in m.items() if name != "eval/seconds"} for m in every if "loss" not in m]
+    return steps, [{name: x for name, x in m.items() if name not in {"eval/seconds", "crc32"}}
+                   for m in every if "loss" not in m]
 
 
 AVERAGED = {"optim.samples": 240, "optim.average_samples": 64, "data.executor": "pillow"}

@@ -136,6 +136,7 @@ def _data(config: Config, opened: list[Indexed | Stream]) -> Iterator[Verdict]:
         captions = list(islice(data.captions(), min(config.optim.batch_size, LOOKED_AT)))
         groups = group_ids(np.arange(len(captions)), np.full(len(captions), -1), captions)
     else:
+        yield from tried("index", lambda: _index(data))
         yield from _amounts(config.optim, data)
         rows, captions, groups = _first_batch(data, config.run.seed, min(config.optim.batch_size, LOOKED_AT))
         columns, size = data.index.columns(rows), config.model.image.size
@@ -148,6 +149,14 @@ def _data(config: Config, opened: list[Indexed | Stream]) -> Iterator[Verdict]:
                  (twins > 0.5, "bad", "few negatives are left: run `uniclip-data duplicates`, or lower optim.batch_size"),
                  (twins > 0.05, "warn", "run `uniclip-data duplicates` and filter, or lower optim.batch_size"))
     yield from _captions(config, data, captions)
+
+
+def _index(data: Indexed) -> Iterator[Verdict]:
+    """All of index.arrow is read."""
+    data.index.check()
+    where, told = data.index.folder, "it is what was written"
+    yield Verdict("index", f"{told if data.index.file.sealed else 'it has no checksums: `index` or `merge` it again'}; "
+                           f"`uniclip-data verify {where}` reads the tars, too")
 
 
 def _amounts(optim: OptimConfig, data: Indexed) -> Iterator[Verdict]:

@@ -4,7 +4,6 @@
     RUN/checkpoints/latest
 """
 
-import json
 import os
 import shutil
 from collections.abc import Collection, Generator, Sequence
@@ -19,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.console import InputError, WorkFailed
-from pipeline.files import replacing, sha256_of, write_json
+from pipeline.files import replacing, sha256_of
 from pipeline.recipe import Cursor
+from pipeline.seals import open_json, write_sealed_json
 from pipeline.text import CaptionTokenizer
 from trainer.config import Config
 from trainer.config_file import as_changed, changed, load_config
@@ -120,7 +120,7 @@ def write(folder: Path, taken: Snapshot) -> None:
     hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     for name in hashes:
         _sync(folder / name)
-    write_json(folder / STATE, asdict(State(taken.step, taken.cursor, taken.seconds, taken.skipped, hashes)))
+    write_sealed_json(folder / STATE, asdict(State(taken.step, taken.cursor, taken.seconds, taken.skipped, hashes)))
 
 
 def folder_of(run: Path, cursor: Cursor) -> Path:
@@ -172,8 +172,8 @@ def _others(checkpoints: Path, damaged: Path | None = None) -> str:
 def read_state(folder: Path) -> State:
     """state.json of a checkpoint, with every file's hash verified. Raises InputError."""
     try:
-        values = json.loads((folder / STATE).read_text())
-        state = State(**values | {"cursor": Cursor(**values["cursor"])})
+        values: dict[str, Any] = open_json((folder / STATE).read_bytes())
+        state = State(**{**values, "cursor": Cursor(**values["cursor"])})
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / STATE} is damaged ({error}): {_others(folder.parent, folder)}") from None
     for name, digest in state.hashes.items():

@@ -22,6 +22,7 @@ from pipeline.console import InputError
 from pipeline.files import sha256_of, write_json
 from pipeline.markup import markdown
 from pipeline.schema import MEAN, STD, VECTOR
+from pipeline.seals import read_lines
 from pipeline.text import CaptionTokenizer
 from pipeline.versions import versions
 from trainer.checkpoint import TOKENIZER, WEIGHTS, Loaded, State, load_model, make_model, read_state
@@ -110,8 +111,8 @@ def _without_folders(value: Any) -> Any:
 
 def _card(name: str, loaded: Loaded, description: dict[str, Any], differences: dict[str, float]) -> str:
     results = loaded.run / "results.jsonl"
-    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
-    rows = [row for row in map(json.loads, lines) if row["weights_sha256"] == loaded.weights_sha256]
+    rows = [row for row in read_lines(results, "remove the line, and measure it again")
+            if row.get("weights_sha256") == loaded.weights_sha256]
     kinds = [vars(kind) for kind in loaded.config.data.kinds()]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
     environment.filters["md"] = markdown

@@ -1,7 +1,6 @@
 """What a run tells: one console line, metrics.jsonl, TensorBoard, wandb."""
 
 import hashlib
-import json
 import math
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.console import InputError, say
 from pipeline.files import replacing
+from pipeline.seals import open_json, sealed_json
 from trainer.config import RunConfig
 from trainer.hints import Hints
 from trainer.similarity import DOMAIN_PAIRS
@@ -21,18 +21,21 @@ METRICS, LEDGER = "metrics.jsonl", "bad_samples.jsonl"
 def cut_back(path: Path, samples_seen: int) -> None:
     """Drop the lines about samples after `samples_seen`: after a kill the file continues as if never stopped."""
     if path.is_file():
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _stands(line, samples_seen)]
+        lines = path.read_bytes().splitlines(keepends=True)
+        told = [_samples(line) for line in lines]
         with replacing(path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_bytes(b"".join(line for line, samples in zip(lines, told, strict=True)
+                                           if samples is not None and samples <= samples_seen))
+        if damaged := told[:-1].count(None):
+            say(f"warning: {path}: {damaged} damaged lines are left out")
 
 
-def _stands(line: str, samples_seen: int) -> bool:
-    """Whether it is whole and about samples until there: a kill may tear it, a power cut leave zeros."""
+def _samples(line: bytes) -> int | None:
+    """What it is about; None where it is not whole: a kill may tear it, a power cut leave zeros."""
     try:
-        return line.endswith("\n") and json.loads(line)["samples"] <= samples_seen
-    except ValueError:
-        return False
+        return open_json(line)["samples"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError):
+        return None
 
 
 class Log:
@@ -61,7 +64,7 @@ class Log:
                                                             if name != "samples"))
 
     def _everywhere(self, metrics: dict) -> None:
-        self._file.write(json.dumps(_strict(metrics)) + "\n")
+        self._file.write(sealed_json(_strict(metrics)).decode() + "\n")
         flat = {title: number for name, value in metrics.items() for title, number in _flat(name, value)}
         for title, number in flat.items():
             self._board.add_scalar(title, number, metrics["samples"])

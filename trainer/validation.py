@@ -4,7 +4,6 @@ A set is cut into batches of one fixed size, and of W ranks each embeds every W-
 are the same to the bit, and those of `uniclip-eval`. N images, T texts, K batches of each rank, L tokens, D embedding.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pipeline.console import InputError, say
 from pipeline.evalsets import RETRIEVAL, EvalSet, Example, Target, open_evalset, rendered, require_prompts
 from pipeline.images import Undecodable
 from pipeline.replay import eval_view
+from pipeline.seals import read_lines
 from trainer.batches import batched, filled, text_batches
 from trainer.config import Config, EvalConfig
 from trainer.distributed import Ranks
@@ -129,8 +129,8 @@ class Validation:
 
 def _logged(folder: Path, samples: int) -> bool:
     """Whether metrics.jsonl holds an evaluation at `samples`."""
-    lines = (folder / METRICS).read_text().splitlines()
-    return any(f'"{PREFIX}' in line and json.loads(line)["samples"] == samples for line in lines)
+    lines = read_lines(folder / METRICS, "remove the line")
+    return any(line.get("samples") == samples and any(name.startswith(PREFIX) for name in line) for line in lines)
 
 
 @dataclass(frozen=True)
