@@ -43,7 +43,7 @@ class Tally:
 
     def refuse(self, line: int, reason: str) -> None:
         count, first = self.reasons.get(reason, (0, line))
-        self.reasons[reason] = count + 1, first
+        self.reasons[reason] = count + 1, min(first, line)
 
     def lines(self) -> list[str]:
         """The sum, for people."""
@@ -119,6 +119,7 @@ def _read(path: Path) -> pa.Table:
 
 def _united(bucket: pa.Table, tally: Tally) -> pa.Table:
     """Equal URLs become one row, the first, with all their captions in order, each text once."""
+    bucket = bucket.sort_by("source_row")  # joined lists are not met in their order
     codes = bucket["url"].combine_chunks().dictionary_encode().indices.to_numpy()
     repeated = np.bincount(codes)[codes] > 1 if len(codes) else np.zeros(0, bool)
     captions: dict[int, dict[str, None]] = {}

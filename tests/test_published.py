@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from urllib.parse import quote_plus
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import command
@@ -93,3 +94,48 @@ def test_the_commands(tmp_path, name):
     (tmp_path / "a.tsv").write_text("x\n")
     done = command("uniclip-data", "urls", name, tmp_path / "a.tsv", tmp_path / "a.parquet")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+ROWS = 100_001
+
+
+def row_of(row: int) -> tuple[str, str, bool]:
+    """URL, caption, and whether it is whole: every 1,000th has the first one's URL, every 997th no caption."""
+    return f"http://h/{0 if row % 1_000 == 999 else row}.jpg", "" if row % 997 == 996 else f"text {row}", row % 991 != 990
+
+
+def miniature(name: str, folder: Path, rows: list[tuple[str, str, bool]]) -> tuple[Path, tuple[Path, ...]]:
+    """A list of these rows in the layout of the published one, and the metadata that it is joined with."""
+    path = folder / name
+    if name == "yfcc15m-v2":
+        path.write_text("".join(json.dumps({"caption": text, "filename": "f", "url": url}) + "\n" if whole else "{'url'}\n"
+                                for url, text, whole in rows))
+    elif name != "yfcc15m-v1":
+        path.write_text("".join("\t".join((text, url) if name == "cc3m" else (url, text)) + ("\n" if whole else "\tx\n")
+                                for url, text, whole in rows))
+    else:
+        path.write_text("".join(f"{row}\t{row}\thash\n" if whole else "torn\n" for row, (*_, whole) in enumerate(rows)))
+        lines = [metadata_line(row, row, text, "").replace(f"http://h/{row}.jpg", url)
+                 for row, (url, text, _) in enumerate(rows)]
+        np.random.default_rng(0).shuffle(lines)  # metadata are sorted in another way than the list
+        parts = folder / "part0", folder / "part1.bz2"
+        parts[0].write_text("".join(lines[:90_000]))
+        parts[1].write_bytes(bz2.compress("".join(lines[90_000:]).encode(), 1))
+        return path, parts
+    return path, ()
+
+
+@pytest.mark.parametrize("name", [*LISTS, "yfcc15m-v1"])
+def test_miniatures_of_100_001_rows(tmp_path, name):
+    rows = list(map(row_of, range(ROWS)))
+    path, parts = miniature(name, tmp_path, rows)
+    out = tmp_path / "urls.parquet"
+    tally = write_yfcc15m_v1(path, parts, out, ROWS) if parts else write_published(name, path, out, ROWS)
+    expected: dict[str, tuple[list[str], int]] = {}
+    for number, (url, text, whole) in enumerate(rows, start=1):
+        if text and whole:
+            expected.setdefault(url, ([], number))[0].append(text)
+    assert rows_of(out) == [(url, texts, row) for url, (texts, row) in expected.items()]
+    merged = len(expected["http://h/0.jpg"][0]) - 1
+    assert (tally.rows, tally.urls, tally.merged, tally.refused) == (ROWS, len(expected), merged, ROWS - len(expected) - merged)
+    assert tally.reasons["empty caption"] == (sum(whole and not text for _, text, whole in rows), 997)
