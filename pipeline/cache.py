@@ -4,14 +4,17 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.console import InputError
+from pipeline.faults import Recurring, driving
 from pipeline.files import sha256_of
 
 STALE_PART = 600.0  # seconds without a byte
+TRIES = 3  # copies of a shard, before its reads are left to the URL
 _COPY = re.compile(r"[0-9a-f]{64}\.(tar|part)")  # what may be removed from the folder
 
 
@@ -33,7 +36,8 @@ class Copied:
 class Cache:
     """Whole shards copied to a local folder by a thread; at most `limit` bytes of them. Processes may share the folder.
 
-    A copy that fails, for want of space or for what it holds, is left: its reads go to the URL, which says what is wrong.
+    A copy that fails, for want of space or for what it holds, is said and counted. Its reads go to the URL; it is tried TRIES
+    times, and once where the store has another content than the index knows.
     """
 
     folder: Path
@@ -43,8 +47,11 @@ class Cache:
     _wanted: list[int] = field(default_factory=list)
     _wake: threading.Event = field(default_factory=threading.Event)
     _closed: bool = False
+    _tries: Counter[int] = field(default_factory=Counter)
+    _broken: Exception | None = None
 
     def __post_init__(self):
+        self.failed = Recurring("data.cache: a shard could not be copied and is read from its URL, which takes longer")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -56,27 +63,37 @@ class Cache:
         return self.folder / self.shards[shard].copy
 
     def want(self, shards: list[int]) -> None:
-        """Have these, the first ones first; the rest may leave."""
+        """Have these, the first ones first; the rest may leave. Raises what ended the thread that copies."""
+        if self._broken:
+            raise self._broken
         if shards != self._wanted:
             self._wanted = shards
             self._wake.set()
 
     def _work(self) -> None:
-        while not self._closed:
-            self._wake.wait()
-            self._wake.clear()
-            wanted = self._wanted
-            for shard in wanted:
-                if self._closed or wanted is not self._wanted:
+        try:
+            while not self._closed:
+                self._wake.wait()
+                self._wake.clear()
+                self._copy_all(self._wanted)
+        except Exception as error:  # no file system's: handed to the consumer
+            self._broken = error
+
+    def _copy_all(self, wanted: list[int]) -> None:
+        for shard in wanted:
+            if self._closed or wanted is not self._wanted:
+                break
+            if self._tries[shard] >= TRIES:
+                continue
+            try:
+                if not self._have(shard, wanted):
                     break
-                try:
-                    if not self._have(shard, wanted):
-                        break
-                except Exception:  # whatever a file system raises, not all of it OSError: the next shard may be well
-                    continue
+            except OSError as error:  # the next shard may be well
+                self._tries[shard] += 1
+                self.failed.happened(f"{self.shards[shard].name}: {error}")
 
     def _have(self, shard: int, wanted: list[int]) -> bool:
-        """Copy a shard that is missing; False when there is no room left for it. Raises what copying raises."""
+        """Copy a shard that is missing; False when there is no room left for it. Raises OSError."""
         told, target = self.shards[shard], self.path(shard)
         self.folder.mkdir(exist_ok=True)  # another process may have removed it
         if _size(target) == told.size:
@@ -88,9 +105,12 @@ class Cache:
         if not _claim(temporary):
             return True  # another process is copying it
         try:
-            self.fetch(told.name, temporary)
-            if _size(temporary) == told.size and sha256_of(temporary) == told.sha256:
-                temporary.replace(target)
+            with driving():
+                self.fetch(told.name, temporary)
+            if _size(temporary) != told.size or sha256_of(temporary) != told.sha256:
+                self._tries[shard] = TRIES  # the store would give the same again
+                raise OSError("its content is not what the index knows: copy the shard there again, or index it anew")
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
         return True

@@ -195,10 +195,11 @@ def doctor(
     folder: Annotated[Path, typer.Argument(help="Where the set will be.")] = Path(),
     urls: Annotated[int, typer.Option(min=0, help="URLs that are planned, for the disk space.")] = 0,
     image_size: Annotated[int, typer.Option(min=1, help="As download takes it.")] = 256,
+    host: Annotated[str, typer.Option(help="A public name to look up, for the DNS.", show_default=False)] = "",
 ) -> None:
     """Is this machine fit for the work? One table, with a cure for each red line; exits 1 when there is one.
 
-    Example: `uniclip-data doctor /data --urls 30000000`
+    Example: `uniclip-data doctor /data --urls 30000000 --host example.com`
     """
     from rich.table import Table
 
@@ -209,7 +210,7 @@ def doctor(
         raise InputError(f"{folder} is a file: give the folder where the set will be")
     table, code = Table("", "found", "cure"), OK
     marks = {True: "[green]good", False: "[red]bad", None: "–"}
-    for finding in examine(folder, urls, image_size):
+    for finding in examine(folder, urls, image_size, host):
         table.add_row(f"{marks[finding.good]}[/] {finding.what}" if finding.good is not None else f"– {finding.what}",
                       finding.found, finding.cure)
         code = WORK_FAILED if finding.good is False else code

@@ -116,6 +116,11 @@ def show_table(table: RenderableType) -> None:
     Screen(file=out.file, width=max(width, out.width), highlight=False, quiet=out.quiet).print(table)
 
 
+def warn(line: str) -> None:
+    """One plain line on standard error: what goes wrong while the work goes on."""
+    err.print(line, style="yellow", markup=False)
+
+
 @contextmanager
 def quiet(wanted: bool) -> Iterator[None]:
     """Within, nothing is said when `wanted`: of several processes that do the same, one speaks."""

@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import platform
+import queue
 import resource
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ _OPEN_FILES = 4096
 _RESIZES_GOOD = 150  # of 1024×768 → 256 pixels a second and core, below which images are resized slower than decoded
 _DISK_GOOD = 100  # MB/s
 _PILLOW = 13  # the first release whose decoders have no known hole
+_PATIENCE = 5.0  # seconds with a resolver
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,29 @@ def _resolver() -> Finding:
                    "" if local else "for millions of hosts a resolver on this machine (knot-resolver) loses fewer URLs")
 
 
-def _lookup() -> Finding:
+def _lookup(host: str) -> Finding:
+    """Of a name that the user gives: nothing leaves this machine unasked. In a daemon thread, for the system's own patience
+    with a dead resolver is long, and nothing ends it."""
+    if not host:
+        return Finding("DNS answers", "not tried", None, "say --host NAME to look a public name up")
+    answer: queue.SimpleQueue[OSError | UnicodeError | None] = queue.SimpleQueue()
     began = time.perf_counter()
+    threading.Thread(target=lambda: answer.put(_unresolved(host)), daemon=True).start()
     try:
-        socket.getaddrinfo("localhost", 80)
-        return Finding("DNS answers", f"localhost in {1000 * (time.perf_counter() - began):.0f} ms", True)
-    except OSError as error:
-        return Finding("DNS answers", str(error), False, "check /etc/hosts and /etc/resolv.conf")
+        error = answer.get(timeout=_PATIENCE)
+    except queue.Empty:
+        error = TimeoutError(f"no answer in {_PATIENCE:.0f} s")
+    if error:
+        return Finding("DNS answers", f"{host}: {error}", False, "check the name, the network and /etc/resolv.conf")
+    return Finding("DNS answers", f"{host} in {1000 * (time.perf_counter() - began):.0f} ms", True)
+
+
+def _unresolved(host: str) -> OSError | UnicodeError | None:
+    """Why a name has no address."""
+    try:
+        socket.getaddrinfo(host, 80)
+    except (OSError, UnicodeError) as error:
+        return error
 
 
 def disk_rate(folder: Path, megabytes: int = 64) -> float:
@@ -167,10 +186,10 @@ def _extra(name: str, module: str, why: str) -> Finding:
                    "" if there else f"pip install 'uniclip[{name.lower()}]' {why}")
 
 
-def examine(folder: Path, urls: int = 0, image_size: int = 256) -> Iterator[Finding]:
+def examine(folder: Path, urls: int = 0, image_size: int = 256, host: str = "") -> Iterator[Finding]:
     """Every finding, as it is made."""
     checks: list[Callable[[], Finding]] = [
-        _python, _dataclasses, _torch, _dali, _pillow, _files, _resolver, _lookup, lambda: _speed(folder),
+        _python, _dataclasses, _torch, _dali, _pillow, _files, _resolver, lambda: _lookup(host), lambda: _speed(folder),
         lambda: _space(folder, urls, image_size),
         lambda: _extra("Ray", "ray", "for --distributor ray"), lambda: _extra("Spark", "pyspark", "for --distributor spark")]
     for check in checks:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.faults import Recurring, reason
 from pipeline.images import Undecodable, plain_bytes, upright_rgb
 from pipeline.recipe import Executor, Views
 
@@ -27,6 +28,8 @@ def fit(data: bytes, plain: bool) -> bytes:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)):
             pass
+    except MemoryError:
+        raise
     except Exception:  # whatever Pillow's parser raises on noise
         raise Undecodable("not an image") from None
     if b"\xff\xd9" not in data[-1024:]:
@@ -34,21 +37,36 @@ def fit(data: bytes, plain: bool) -> bytes:
     return data
 
 
-def execute(executor: Executor, encoded: Sequence[bytes | Exception], vectors: np.ndarray, ids: np.ndarray
-            ) -> tuple[Views, dict[int, str]]:
-    """The views, and position → reason of every image that is not there or that the executor broke on."""
-    bad = {b: str(data) or type(data).__name__ for b, data in enumerate(encoded) if isinstance(data, Exception)}
-    given = [BLANK if isinstance(data, Exception) else data for data in encoded]
-    try:
-        return executor(given, vectors, ids), bad
-    except (RuntimeError, Undecodable) as error:
-        traceback.clear_frames(error.__traceback__)  # they hold a batch of views, in cycles that only gc would find
-    for b, data in enumerate(given):  # an image nobody suspected: find it, and run again without it
+class Guarded:
+    """An executor that a bad image does not stop: a batch on which it breaks is decoded again, picture by picture."""
+
+    def __init__(self, executor: Executor):
+        self._executor = executor
+        self.repaired = Recurring("a batch of images had to be decoded a second time, which takes longer")
+
+    def __call__(self, encoded: Sequence[bytes | Exception], vectors: np.ndarray, ids: np.ndarray
+                 ) -> tuple[Views, dict[int, str]]:
+        """The views, and position → reason of every image that is not there or that the executor broke on.
+
+        Raises what no image is to blame for, from `encoded` and from the executor.
+        """
+        bad = {b: reason(data, Undecodable, OSError) for b, data in enumerate(encoded) if isinstance(data, Exception)}
+        given = [BLANK if isinstance(data, Exception) else data for data in encoded]
         try:
-            given[b] = plain_bytes(data)
+            return self._executor(given, vectors, ids), bad
         except Undecodable as error:
-            given[b], bad[b] = BLANK, str(error)
-    return executor(given, vectors, ids), bad
+            traceback.clear_frames(error.__traceback__)  # they hold a batch of views, in cycles that only gc would find
+            self.repaired.happened(str(error))
+        for b, data in enumerate(given):  # an image nobody suspected: find it, and run again without it
+            try:
+                given[b] = plain_bytes(data)
+            except Undecodable as error:
+                given[b], bad[b] = BLANK, str(error)
+        return self._executor(given, vectors, ids), bad
+
+    def close(self) -> None:
+        """Give back the executor's memory."""
+        self._executor.close()
 
 
 def valid_mask(count: int, bad: dict[int, str]) -> torch.Tensor:

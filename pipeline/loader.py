@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.execution import FORGOTTEN, execute, fit, valid_mask
+from pipeline.execution import FORGOTTEN, Guarded, fit, valid_mask
 from pipeline.images import Undecodable
 from pipeline.index import Index
 from pipeline.ledger import Ledger
@@ -95,7 +95,7 @@ class Loader:
         self._ledger = ledger or Ledger()
         self._place = place or Place()
         self._shards = self._place.shards(index.folder, index.manifest["shards"])
-        self._executor = make_executor(recipe, device)
+        self._executor = Guarded(make_executor(recipe, device))
         self._ahead = ReadAhead()
         self._forgotten = Forgotten.beside(index.folder, index.shards).id_array
 
@@ -132,7 +132,7 @@ class Loader:
 
     def _execute(self, drawn: _Drawn) -> tuple[Batch, list[dict]]:
         encoded = self._ahead.answers(drawn.reads, self._place.timeout)
-        (views, vectors, ids), bad = execute(self._executor, encoded, drawn.vectors, drawn.columns["sample_id"])
+        (views, vectors, ids), bad = self._executor(encoded, drawn.vectors, drawn.columns["sample_id"])
         tokens = torch.from_numpy(tokens_of(self.tokenizer, drawn.captions, self.recipe.wording, drawn.draw))
         batch = Batch(views, vectors, tokens, ids, torch.from_numpy(drawn.groups), valid_mask(len(encoded), bad))
         lines = [self._line(drawn, b, bad[b]) for b in sorted(bad) if bad[b] != FORGOTTEN]

@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 
 from pipeline.cache import Cache, Copied
 from pipeline.console import InputError
+from pipeline.faults import driving
 
 OPEN_SHARDS = 128
 T = TypeVar("T")
@@ -128,9 +129,12 @@ class RemoteShards:
         if self._cache and self._copies and self._cache.path(shard).exists():
             try:
                 return self._copies.read(shard, offset, size)
-            except OSError:
-                pass  # it left the cache just now, or its disk fails
-        data = self._fs.cat_file(f"{self._root}/{self._shards[shard].name}", start=offset, end=offset + size)
+            except FileNotFoundError:
+                pass  # it left the cache just now
+            except OSError as error:
+                self._cache.failed.happened(f"the copy of {self._shards[shard].name}: {error}")
+        with driving():
+            data = self._fs.cat_file(f"{self._root}/{self._shards[shard].name}", start=offset, end=offset + size)
         return _whole(bytes(data), size)
 
     def expect(self, shards: Iterable[int]) -> None:

@@ -1,26 +1,15 @@
 """A folder to put finished files into: on this machine, or behind any fsspec URL (s3://…, gs://…, memory://…)."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from pipeline.console import InputError
+from pipeline.faults import driving
 from pipeline.seals import open_json, sealed_json, write_sealed_json
-
-
-@contextmanager
-def _driving() -> Iterator[None]:
-    """Drivers raise what they like, some of it not even picklable: all of it becomes OSError."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 class Store:
@@ -56,7 +45,7 @@ class Store:
     def exists(self, name: str) -> bool:
         if self.local:
             return (self.local / name).exists()
-        with _driving():
+        with driving():
             return self._fs.exists(self._path(name))
 
     def names(self) -> set[str]:
@@ -64,14 +53,14 @@ class Store:
         if self.local:
             return {path.name for path in self.local.iterdir()} if self.local.is_dir() else set()
         self._fs.invalidate_cache()
-        with suppress(FileNotFoundError), _driving():
+        with suppress(FileNotFoundError), driving():
             return {entry.rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._root, detail=False)}
         return set()
 
     def read(self, name: str) -> bytes:
         if self.local:
             return (self.local / name).read_bytes()
-        with _driving():
+        with driving():
             return self._fs.cat_file(self._path(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -86,7 +75,7 @@ class Store:
         if self.local:
             write_sealed_json(self.local / name, value)
             return
-        with _driving():
+        with driving():
             self._fs.pipe_file(self._path(name), sealed_json(value, indent=2, ensure_ascii=False))
 
     def take(self, path: Path) -> None:
@@ -94,7 +83,7 @@ class Store:
         if self.local:
             path.replace(self.local / path.name)
             return
-        with _driving():
+        with driving():
             self._fs.put_file(str(path), self._path(path.name))
         path.unlink()
 
@@ -103,5 +92,5 @@ class Store:
         if self.local:
             (self.local / name).unlink(missing_ok=True)
             return
-        with suppress(FileNotFoundError), _driving():
+        with suppress(FileNotFoundError), driving():
             self._fs.rm_file(self._path(name))

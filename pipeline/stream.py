@@ -23,7 +23,8 @@ from fsspec import get_filesystem_class
 from fsspec.utils import get_protocol
 
 from pipeline.console import InputError, say
-from pipeline.execution import execute, fit, valid_mask
+from pipeline.execution import Guarded, fit, valid_mask
+from pipeline.faults import reason
 from pipeline.images import Undecodable
 from pipeline.ledger import Ledger
 from pipeline.loader import group_ids, slice_of, to_device
@@ -134,7 +135,7 @@ class StreamLoader:
         part = slice_of(rank, world, batch_size)
         self._count = part.stop - part.start
         self._ledger = ledger or Ledger()
-        self._executor = make_executor(recipe, device)
+        self._executor = Guarded(make_executor(recipe, device))
         self._reads, self._parsers = ReadAhead(1), ReadAhead(min(recipe.threads or 4, 16))
         if cursor.samples_seen:
             say("a stream is not exactly resumable: it begins a pass of its own, with views of its own")
@@ -169,7 +170,7 @@ class StreamLoader:
             if key and key in seen:
                 row = Unusable("duplicate key")
             if isinstance(row, Exception):
-                fault({"shard": url, "key": key, "reason": str(row)})
+                fault({"shard": url, "key": key, "reason": reason(row, Unusable, TimeoutError)})
                 continue
             seen.add(key)
             if self._stream.wants(row):
@@ -195,9 +196,9 @@ class StreamLoader:
         captions = [c[d] for c, d in zip(choices, drawn, strict=True)]
         sizes = np.array([[s["width"], s["height"]] for s in samples])
         vectors = sample_vectors(seed, epochs, 0, ids, sizes, self._recipe.kinds)
-        (views, vectors, ids_B), bad = execute(self._executor, [_fit(s) for s in samples], vectors, ids)
-        for b, reason in bad.items():
-            fault({"shard": samples[b]["url"], "key": samples[b]["key"], "reason": reason})
+        (views, vectors, ids_B), bad = self._executor([_fit(s) for s in samples], vectors, ids)
+        for b, why in bad.items():
+            fault({"shard": samples[b]["url"], "key": samples[b]["key"], "reason": why})
         tokens = torch.from_numpy(tokens_of(self._tokenizer, captions, self._recipe.wording, Draw(seed, epochs, 0, ids)))
         groups = torch.from_numpy(_named(group_ids(ids, np.full(len(ids), -1), captions), captions))
         return to_device(Batch(views, vectors, tokens, ids_B, groups, valid_mask(len(ids), bad)), self._device)

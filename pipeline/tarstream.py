@@ -8,7 +8,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
-from pipeline.reader import HTTP, Closed, ReadAhead, file_system
+from pipeline.faults import driving, of_machine
+from pipeline.reader import HTTP, ReadAhead, file_system
 from pipeline.tars import IMAGE_SUFFIXES, Group, known_by, row_of
 
 READ_BYTES = 2**20
@@ -52,9 +53,7 @@ def tar_samples(file: BinaryIO) -> Iterator[Sample]:
             sample[suffix] = member["data"]
     except (tarfile.TarError, ValueError, OverflowError):
         pass  # a torn or foreign header, or a member cut short: said below
-    except Closed:
-        raise
-    except Exception as error:  # of whatever kind a file system raises
+    except OSError as error:
         broken = _told(error, "cannot be read")
     key, suffix = _split(begun[-1])
     if key:  # its data did not come
@@ -70,7 +69,9 @@ def tar_samples(file: BinaryIO) -> Iterator[Sample]:
         yield {"__key__": "", **(sample or {}), "__broken__": broken}
 
 
-def _told(error: Exception, what: str) -> str:
+def _told(error: OSError, what: str) -> str:
+    if of_machine(error):
+        raise error
     words = str(error).partition(" @ ")[0] or type(error).__name__  # webdataset adds the file object
     return f"{'stalled' if isinstance(error, TimeoutError) else what}: {words}"
 
@@ -84,11 +85,12 @@ class _Patient(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def _read(self, size: int) -> bytes:
+        with driving():
+            return self._file.read(size)
+
     def readinto(self, buffer: memoryview) -> int:
-        try:
-            data = answer(self._ahead, partial(self._file.read, len(buffer)), self._timeout)
-        except (ValueError, OverflowError) as error:  # a file system's; tarfile's own say that the tar is torn
-            raise OSError(str(error)) from None
+        data = answer(self._ahead, partial(self._read, len(buffer)), self._timeout)
         buffer[: len(data)] = data
         return len(data)
 
@@ -103,6 +105,11 @@ def answer(ahead: ReadAhead, read: Callable[[], T], timeout: float) -> T:
 
 def _open(url: str) -> BinaryIO:
     """webdataset's own opener is not used: it hands URLs to a shell."""
+    with driving():
+        return _opened(url)
+
+
+def _opened(url: str) -> BinaryIO:
     system, path = file_system(url)
     file: Any = system.open(path, "rb")
     if url.startswith(HTTP) and file.size and file.size > file.blocksize:
@@ -120,9 +127,7 @@ def raw_samples(urls: Iterable[str], ahead: ReadAhead, timeout: float) -> Iterat
     for url in urls:
         try:
             file = answer(ahead, partial(_open, url), timeout)
-        except Closed:
-            raise
-        except Exception as error:
+        except OSError as error:
             yield {"__key__": "", "__url__": url, "__broken__": _told(error, "cannot be opened")}
             continue
         sample: Sample = {}

@@ -9,12 +9,15 @@ keys and dies of one bad image; bytes come from our loader through `external_sou
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false, reportPrivateImportUsage=false
 
 import os
+import re
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
+from pipeline.console import WorkFailed
+from pipeline.images import Undecodable
 from pipeline.sampling import BLUR_WINDOW
 from pipeline.schema import MEAN, STD, VECTOR_SIZE
 
@@ -47,11 +50,28 @@ def _pipeline(size: int, views: int, device: str):
     return *done, vectors, ids
 
 
+_DECODER = "operator `nvidia.dali.fn.decoders.image`"
+_NO_MEMORY = re.compile(r"bad_alloc|out of memory|allocat|failure: '#5'", re.IGNORECASE)  # 5: nvImageCodec's allocator
+
+
+def _named(error: RuntimeError, count: int) -> Exception:
+    """What DALI means by an error: it has one class and a text for all of them, whose place and cause are told apart here."""
+    place, _, cause = str(error).partition("encountered:")
+    told = next((line for line in cause.splitlines() if line), type(error).__name__)
+    if _NO_MEMORY.search(cause or place):
+        return WorkFailed(f"the executor has no memory left for the views of {count} images ({told}): lower "
+                          "optim.batch_size")
+    if _DECODER in place and "cuda" not in cause.lower():
+        return Undecodable(f"DALI: {told}")
+    return error
+
+
 class DaliExecutor:
     """Encoded images and their vectors → views, by one DALI pipeline.
 
-    One undecodable image invalidates a DALI pipeline for good; the pipeline is then dropped, the error passed on and
-    a fresh one built for the next call. Raises RuntimeError from DALI.
+    One undecodable image invalidates a DALI pipeline for good; the pipeline is then dropped and a fresh one built for the
+    next call. Raises Undecodable when the decoder refused an image, WorkFailed when memory ran out, and what else DALI
+    raises as it is.
     """
 
     def __init__(self, size: int, threads: int | None = None, device_id: int | None = None):
@@ -76,9 +96,9 @@ class DaliExecutor:
             pipe.feed_input("vectors", np.ascontiguousarray(vector_BVA))
             pipe.feed_input("ids", np.ascontiguousarray(sample_id_B))
             *views, vectors, ids = self._copies(pipe.run())
-        except RuntimeError:
+        except RuntimeError as error:
             self._built = None
-            raise
+            raise _named(error, len(encoded)) from error
         return views, vectors, ids
 
     def _copies(self, outputs: tuple) -> list[torch.Tensor]:

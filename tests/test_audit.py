@@ -6,8 +6,10 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from shards import drawing, write_set
 
 from pipeline.card import write_card
 from pipeline.console import InputError, WorkFailed
-from pipeline.doctor import Finding, examine
+from pipeline.doctor import Finding, _lookup, examine
 from pipeline.duplicates import duplicates, overlap
 from pipeline.evalsets import open_evalset, write_evalset
 from pipeline.hashes import bits_apart, near_pairs
@@ -217,6 +219,26 @@ def test_a_back_port_that_hides_a_module_of_pythons_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": f"{tmp_path}/site-packages"})
     assert done.returncode and "dataclasses.py hides Python's own dataclasses: unset PYTHONPATH" in done.stderr
+
+
+def test_the_doctor_looks_a_name_up_only_when_asked(tmp_path, monkeypatch):
+    asked, silent = [], threading.Event()
+
+    def resolver(host: str, port: int) -> list:
+        asked.append(host)
+        if host == "silent.test":
+            silent.wait(30)
+        if host == "none.test":
+            raise socket.gaierror(-2, "Name or service not known")
+        return []
+
+    monkeypatch.setattr("pipeline.doctor.socket.getaddrinfo", resolver)
+    monkeypatch.setattr("pipeline.doctor._PATIENCE", 0.1)
+    said = {host: _lookup(host) for host in ("", "here.test", "none.test", "silent.test")}
+    silent.set()
+    assert asked == ["here.test", "none.test", "silent.test"]
+    assert [finding.good for finding in said.values()] == [None, True, False, False]
+    assert "not known" in said["none.test"].found and "no answer in" in said["silent.test"].found
 
 
 def test_the_commands(folder, tmp_path):

@@ -144,6 +144,33 @@ def test_a_copy_is_of_the_content_that_the_index_knows(tmp_path):
     reader.close()
 
 
+def test_a_copy_that_keeps_failing_is_said_once_and_given_up(tmp_path, capsys):
+    """Other content than the index knows is fetched once, what does not come three times; our own error ends the run."""
+    shards, asked = stored(tmp_path / "source", b"one", b"two"), []
+
+    def fetch(name: str, target: Path) -> None:
+        asked.append(name)
+        if name == "0.tar":
+            raise ConnectionError("reset")
+        target.write_bytes(b"TWO")
+
+    cache = Cache(tmp_path / "cache", 100, fetch, shards)
+    for _ in range(20):
+        cache.want([0, 1])
+        time.sleep(0.01)
+        cache.want([1, 0])
+        time.sleep(0.01)
+    assert sorted(asked) == ["0.tar"] * 3 + ["1.tar"] and cache.failed.count == 4
+    assert len([line for line in capsys.readouterr().err.splitlines() if "could not be copied" in line]) == 1
+    cache.close()
+    ours = Cache(tmp_path / "cache", 100, fetch, [Copied("0.tar", "three bytes", "")])  # type: ignore[arg-type]
+    ours.want([0])
+    assert until(lambda: ours._broken)
+    with pytest.raises(TypeError):
+        ours.want([])
+    ours.close()
+
+
 def test_a_copy_cut_short_is_read_from_afar_and_copied_again(tmp_path):
     shards = stored(tmp_path / "source", b"0123456789")
     reader = afar(tmp_path, shards)
@@ -197,7 +224,9 @@ print(until((Path({str(tmp_path)!r}) / "cache" / f"{{shards[0][2]}}.tar").exists
 print(reader.read(1, 4990, 10), reader.read(0, 0, 3))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (done.stdout.split(), done.stderr) == (["True", str(b"b" * 10), str(b"aaa")], "")
+    assert done.stdout.split() == ["True", str(b"b" * 10), str(b"aaa")]
+    line, = done.stderr.splitlines()
+    assert "data.cache: a shard could not be copied" in line and "1.tar" in line and "File too large" in line
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [shards[0].copy]
 
 

@@ -21,8 +21,8 @@ from conftest import ROOT, command, encoded, picture
 from fsspec.implementations.memory import MemoryFileSystem
 from webserver import serving
 
-from pipeline import loader, stream
 from pipeline.console import InputError, WorkFailed
+from pipeline.execution import Guarded
 from pipeline.index import Index
 from pipeline.indexing import build
 from pipeline.ledger import Ledger
@@ -49,14 +49,13 @@ def start(data, batch: int, seen: int = 0, **options):
 
 def epoch(data, samples: int, monkeypatch, batch: int = 24, **options) -> set[tuple]:
     """(id, caption, vectors, bytes handed to the executor) of the first `samples` samples."""
-    module, handed = (loader if isinstance(data, Indexed) else stream), []
-    real = module.execute
+    handed, real = [], Guarded.__call__
 
     def spy(executor, encoded, vectors, ids):
         handed.extend(encoded)
         return real(executor, encoded, vectors, ids)
 
-    monkeypatch.setattr(module, "execute", spy)
+    monkeypatch.setattr(Guarded, "__call__", spy)
     iterator = iter(start(data, batch, **options))
     batches = [b for b, _ in islice(iterator, samples // batch)]
     iterator.close()
