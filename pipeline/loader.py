@@ -1,7 +1,7 @@
 """Cursor → Batch: reads by offset, executes views ahead of the consumer, slices each global batch by rank."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch
 from pipeline.skips import Forgotten, present
+from pipeline.text import Alike, cleaned
 from pipeline.wording import Draw, tokens_of
 
 READ_AHEAD_BATCHES = 2
@@ -34,15 +35,17 @@ def slice_of(rank: int, world: int, batch: int) -> slice:
     return slice(rank * batch // world, (rank + 1) * batch // world)
 
 
-def group_ids(sample_id_N: np.ndarray, group_N: np.ndarray, captions: list[str]) -> np.ndarray:
+def group_ids(sample_id_N: np.ndarray, group_N: np.ndarray, captions: Sequence,
+              alike: Callable[[Sequence], Sequence] = cleaned) -> np.ndarray:
     """Connected components of "same sample, same duplicate group or same drawn caption" → (N,) int64.
 
     Computed on the global batch, so every rank numbers them alike: the component's first position. A group of −1 is
-    nobody's duplicate.
+    nobody's duplicate. alike: what of captions must be equal, `text.Alike` for their token ids.
     """
-    count = len(captions)
+    count, number = len(captions), {}
     alone = np.where(group_N < 0, -1 - np.arange(count), group_N)
-    relations = [np.unique(x, return_inverse=True)[1] for x in (sample_id_N, alone, np.array(captions, dtype=object))]
+    texts = np.array([number.setdefault(text, len(number)) for text in alike(captions)])
+    relations = [np.unique(x, return_inverse=True)[1] for x in (sample_id_N, alone, texts)]
     positions = np.tile(np.arange(count), len(relations))
     nodes = np.concatenate([count * (n + 1) + relation for n, relation in enumerate(relations)])
     size = count * (len(relations) + 1)
@@ -89,6 +92,7 @@ class Loader:
                  batch_size: int, device: str = "cpu", rank: int = 0, world: int = 1, ledger: Ledger | None = None,
                  plan: Plan | None = None, place: Place | None = None):
         self.index, self.tokenizer, self.recipe = index, tokenizer, recipe
+        self._alike = Alike(tokenizer)
         self.cursor, self.batch_size, self.device = cursor, batch_size, device
         self._mine = slice_of(rank, world, batch_size)
         self._order = Order(cursor.seed, plan or Plan.whole(index.shard_starts))
@@ -113,7 +117,7 @@ class Loader:
         drawn = draw_captions(seed, epochs, repeats, ids, np.array([len(c) for c in choices]))
         captions = [c[d] for c, d in zip(choices, drawn, strict=True)]
         gone = np.isin(ids, self._forgotten)
-        groups = group_ids(ids, np.where(gone, -1, columns["group"]), captions)
+        groups = group_ids(ids, np.where(gone, -1, columns["group"]), captions, self._alike)
         sizes = np.stack([columns["width"], columns["height"]], axis=1)[self._mine]
         mine = {name: column[self._mine] for name, column in columns.items()}
         vectors = sample_vectors(seed, epochs[self._mine], repeats[self._mine], mine["sample_id"], sizes,

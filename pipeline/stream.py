@@ -122,8 +122,8 @@ class Stream:
 class StreamLoader:
     """Iterates (Batch, Cursor after it) without end. Each rank reads tars of its own; batches are never short.
 
-    Unusable samples do not enter a batch; each has its line in the ledger. group_id is the smallest hash of a caption in
-    the component, so that ranks that have not seen each other's samples number equal captions alike.
+    Unusable samples do not enter a batch; each has its line in the ledger. group_id is the smallest hash of a caption's
+    token ids in the component, so that ranks that have not seen each other's samples number equal captions alike.
     """
 
     def __init__(self, stream: Stream, tokenizer: Callable[[list[str]], np.ndarray], recipe: Recipe, cursor: Cursor,
@@ -200,7 +200,8 @@ class StreamLoader:
         for b, why in bad.items():
             fault({"shard": samples[b]["url"], "key": samples[b]["key"], "reason": why})
         tokens = torch.from_numpy(tokens_of(self._tokenizer, captions, self._recipe.wording, Draw(seed, epochs, 0, ids)))
-        groups = torch.from_numpy(_named(group_ids(ids, np.full(len(ids), -1), captions), captions))
+        texts = [row.tobytes() for row in tokens[:, 0].numpy()]
+        groups = torch.from_numpy(_named(group_ids(ids, np.full(len(ids), -1), texts, list), texts))
         return to_device(Batch(views, vectors, tokens, ids_B, groups, valid_mask(len(ids), bad)), self._device)
 
     def _batches(self) -> Iterator[tuple[Batch, Cursor, list[dict]]]:
@@ -235,9 +236,9 @@ def _fit(sample: Sample) -> bytes | Exception:
         return error
 
 
-def _named(group_B: np.ndarray, captions: list[str]) -> np.ndarray:
-    """Each component by the smallest hash of its captions."""
-    name_B = np.array([sample_id_of(caption.encode()) for caption in captions], np.int64)
+def _named(group_B: np.ndarray, texts: list[bytes]) -> np.ndarray:
+    """Each component by the smallest hash of its captions' token ids."""
+    name_B = np.array([sample_id_of(text) for text in texts], np.int64)
     smallest = name_B.copy()
     np.minimum.at(smallest, group_B, name_B)
     return smallest[group_B]

@@ -8,14 +8,18 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import encoded, picture
+from shards import write_set
 
 from pipeline import recipe as module
 from pipeline.console import InputError, WorkFailed
 from pipeline.index import Index
 from pipeline.ledger import Ledger
-from pipeline.loader import Loader, group_ids, slice_of
+from pipeline.loader import Indexed, Loader, group_ids, slice_of
+from pipeline.reader import Place
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import STRONG, WEAK
+from pipeline.stream import Stream
 from pipeline.text import CaptionTokenizer
 
 RECIPE = Recipe((WEAK, STRONG), 32, "dali", 1)
@@ -90,6 +94,27 @@ def test_group_ids_are_connected_components():
     groups = np.array([-1, 7, -1, 7, -1, -1, -1])
     captions = ["a", "b", "c", "d", "d", "e", "f"]
     assert group_ids(ids, groups, captions).tolist() == [0, 1, 2, 1, 1, 0, 6]
+
+
+FORMS = ("A Red Dog", "a red dog", "a  red\tdog ", "a red d&#111;g", "Ａ red dog")
+
+
+@pytest.mark.parametrize("road", ["index", "stream"])
+def test_equal_tokens_are_one_group_on_all_ranks(road, tmp_path):
+    """Two tars, so that ranks that read tars of their own meet the forms of one caption apart."""
+    captions = [*FORMS, "café", "cafe\u0301", "A RED CAT"] * 2
+    folder = write_set(tmp_path, [(encoded(picture(n)), {"caption": c}) for n, c in enumerate(captions)], 8)
+    data = (Indexed.open(folder, {}, np.empty(0, np.int64), Place()) if road == "index"
+            else Stream.open(f"{folder}/0000{{0,1}}.tar", np.empty(0, np.int64)))
+    cursor, found = Cursor(5, 0, data.fingerprint, RECIPE.fingerprint()), {}
+    for world in (1, 2):
+        parts = [next(iter(data.loader(CaptionTokenizer.clip(), RECIPE, cursor, 16, rank=rank, world=world)))[0]
+                 for rank in range(world)]
+        ids, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("group_id", "tokens"))
+        found[world] = ids.tolist()
+        texts = [tuple(row) for row in tokens[:, 0].tolist()]
+        assert len(set(zip(ids.tolist(), texts, strict=True))) == len(set(ids.tolist())) == len(set(texts)) == 3
+    assert road == "stream" or found[1] == found[2]
 
 
 def test_the_batch_says_what_was_drawn(index, tokenizer):

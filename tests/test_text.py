@@ -1,14 +1,18 @@
 """Tokens equal open_clip's; a trained vocabulary survives its file."""
 
+import html
+import random
+import re
 import subprocess
 import sys
 
+import ftfy
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.text import CaptionTokenizer
+from pipeline.text import Alike, CaptionTokenizer, clean
 
 CAPTIONS = ["a small red circle left of a large blue square", "Hello  WORLD!! it's 2024 &amp;amp; café 😀 naïve",
             "", "don't we'll 'quoted' -- 12345", "日本語テキスト", "a" * 400, "x " * 200, "weird\tspace â€œmojibakeâ€\x9d"]
@@ -67,3 +71,22 @@ def test_equal_captions_train_equal_vocabularies_in_every_process():
             "print(hashlib.sha256(T.train([f'a {c} {s} left of it' for c in ('red', 'teal', 'blue', 'grey') "
             "for s in ('circle', 'square', 'star')], 330, 16).to_json().encode()).hexdigest())")
     assert len({subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(3)}) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(max_codepoint=0x17F), max_size=40))
+def test_the_short_way_of_cleaning_is_the_long_one(text):
+    assert clean(text) == re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip().lower()
+
+
+@pytest.mark.parametrize("make", [lambda: CaptionTokenizer.clip(6), lambda: CaptionTokenizer.clip(20),
+                                  lambda: CaptionTokenizer.train(CAPTIONS, 300, 12)])
+def test_captions_are_alike_exactly_where_their_ids_are(make):
+    """Case, blanks, Unicode forms, entities, apostrophes, and what the context cuts off; short ids, and bytes of letters."""
+    words = ["Red", "red", "it's", "it 's", "café", "cafe\u0301", "ＣＡＦÉ", "&amp;", "&", "&amp;amp;", "🐕", "日本", "12",
+             "1 2", "a", "â€œ", "“", "ﬁ", "fi", "\u00a0", "\t", "ß", "x" * 9]
+    draw, tokenizer = random.Random(1), make()
+    captions = [draw.choice(["", " ", "  "]).join(draw.choices(words, k=draw.randint(0, 7))) for _ in range(3000)]
+    ids = [row.tobytes() for row in tokenizer(captions)]
+    alike = Alike(tokenizer)(captions)
+    assert len(set(zip(ids, alike, strict=True))) == len(set(ids)) == len(set(alike)) < len(set(captions))
