@@ -3,6 +3,7 @@
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def _contents(name: str, layout: Layout, source: Path) -> Contents:
     if missing or not (metas or paths):
         raise InputError(f"{source} has no {missing[0] if missing else 'image'}: "
                          f"{name} is made from {CATALOGUE[name].files}")
-    return layout.read(metas, paths)
+    with _original(f"{source}, {' or '.join(metas)}"):
+        return layout.read(metas, paths)
 
 
 def _ends(path: str, depth: int) -> set[str]:
@@ -138,9 +140,22 @@ def _cifar(name: str, source: Path) -> tuple[tuple[str, ...], Callable[[str], Pa
 
     def examples_of(split: str) -> Pairs:
         for batch in batches[split]:
-            content = unpickled(batch)
-            for pixels, label in zip(content[b"data"], content[labels], strict=True):
-                picture = np.asarray(pixels, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0)
-                yield png(Image.fromarray(np.ascontiguousarray(picture))), int(label)
+            with _original(f"{source}, {batch}"):
+                content = unpickled(batch)
+                pictures = np.asarray(content[b"data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                examples = list(zip(pictures, map(int, content[labels]), strict=True))
+            yield from ((png(Image.fromarray(np.ascontiguousarray(picture))), label) for picture, label in examples)
 
-    return tuple(spaced(word.decode()) for word in unpickled(meta)[label_names]), examples_of
+    with _original(f"{source}, {meta}"):
+        return tuple(spaced(word.decode()) for word in unpickled(meta)[label_names]), examples_of
+
+
+@contextmanager
+def _original(where: str) -> Iterator[None]:
+    """Whatever goes wrong while such a file is read, the file is the cause."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{where} is not the original ({type(error).__name__}: {error}): fetch it again") from None

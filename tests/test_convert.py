@@ -357,3 +357,67 @@ def test_torchvisions_sets_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("Nothing", "CocoCaptions"):
         with pytest.raises(InputError, match=f"has no set {name} with splits"):
             from_torchvision(name, root, tmp_path / "x")
+
+
+def zipped(change: Callable[[zipfile.ZipInfo], None], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A zip with the lists of Food-101, whose index says something else of one than its bytes do."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        archive.writestr("food-101/meta/test.txt", "waffles/1\n" * 1_000)
+        change(archive.infolist()[0])
+    return stream.getvalue()
+
+
+def nested(times: int) -> bytes:
+    data = b"x"
+    for _ in range(times):
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w") as archive:
+            archive.writestr("inner.zip", data)
+        data = stream.getvalue()
+    return data
+
+
+def swollen() -> bytes:
+    """A tar of 40 MB in 40 kB, of which nothing is asked for by name."""
+    return packed({f"images/other/{n}.txt": bytes(1 << 20) for n in range(40)}, ".tar.gz")
+
+
+def torn(data: bytes) -> bytes:
+    """The same zip with another byte where the member's deflated bytes begin."""
+    at = 30 + len("food-101/meta/test.txt")
+    return data[:at] + b"\x07" + data[at + 1:]
+
+
+@pytest.mark.parametrize(("archive", "data", "says"), [
+    ("a.zip", lambda: nested(1_200), r"archives in archives, 3 deep: this is not the original"),
+    ("a.zip", lambda: zipped(lambda info: setattr(info, "file_size", 6 << 30)), "unpacked: this is not the original"),
+    ("a.zip", lambda: zipped(lambda info: setattr(info, "file_size", 5 << 20)), r"test\.txt has 5,242,880 bytes when unpacked"),
+    ("a.tar.gz", swollen, "more than 100 times the archive's size is unpacked: this is not the original"),
+    ("a.zip", lambda: zipped(lambda info: setattr(info, "flag_bits", info.flag_bits | 1)), "test.txt cannot be read .*encrypted"),
+    ("a.zip", lambda: torn(zipped(lambda info: None)), r"test\.txt cannot be read .*: fetch it again"),
+])
+def test_bombs_and_broken_members_are_refused_by_name(tmp_path, monkeypatch, archive, data, says):
+    monkeypatch.setattr("evaluation.archives._MEMBER_BYTES", 4 << 20)  # a hundredth of what it is, so that bombs may be small
+    monkeypatch.setattr("evaluation.archives._AT_LEAST", 8 << 20)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / archive).write_bytes(data())
+    with pytest.raises(InputError, match=says) as caught:
+        convert("food101", tmp_path / "source", tmp_path / "set")
+    assert archive in str(caught.value) and not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("content", [b"no pickle", pickle.dumps([1]), pickle.dumps({b"data": np.zeros((2, 5), np.uint8)}),
+                                     pickle.dumps({b"data": pixels(0), b"fine_labels": [1]})])
+def test_a_batch_that_is_none_is_named(tmp_path, content):
+    archives = MINIATURES["cifar100"]()
+    archives["cifar-100-python.tar.gz"]["cifar-100-python/test"] = content
+    with pytest.raises(InputError, match="test is not the original .*: fetch it again"):
+        convert("cifar100", put(tmp_path / "source", archives, False), tmp_path / "set", ("test",))
+
+
+def test_lists_that_are_none_are_named(tmp_path):
+    archives = flowers()
+    next(files for files in archives.values() if "imagelabels.mat" in files)["imagelabels.mat"] = b"<html>"
+    with pytest.raises(InputError, match=r"imagelabels\.mat.* is not the original .*: fetch it again"):
+        convert("flowers102", put(tmp_path / "source", archives, False), tmp_path / "set")
