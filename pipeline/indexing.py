@@ -20,7 +20,7 @@ from pipeline.groups import Carried, Grouped, carried
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, PREVIOUS_NAME, manifest_of
 from pipeline.scans import Scanned, scanned
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
-from pipeline.seals import UNREADABLE, write_sealed_json
+from pipeline.seals import UNREADABLE, sealed_json, write_sealed_json
 from pipeline.skips import Forgotten
 from pipeline.survival import FORGOTTEN
 from pipeline.tars import ROWS, is_utf8
@@ -178,11 +178,11 @@ def _write(path: Path, batches: Iterator[pa.RecordBatch], names: list[str], sour
 def _quarantine(path: Path, shards: list[Scanned]) -> Counter[str]:
     """Write one line for each unusable sample; return how many there are for each reason."""
     counts: Counter[str] = Counter()
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         for shard in shards:
             for key, reason in shard.unusable:
                 counts[reason] += 1
-                file.write(json.dumps({"shard": shard.name, "key": key, "reason": reason}) + "\n")
+                file.write(sealed_json({"shard": shard.name, "key": key, "reason": reason}) + b"\n")
     return counts
 
 

@@ -4,7 +4,6 @@ Rows travel: read → scattered by hash of the URL, so that equal URLs meet in o
 scattered by row number, so that the order of the source comes back. Memory is one bucket, however long the table.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from pipeline.console import InputError, WorkFailed, existing
 from pipeline.files import replacing
 from pipeline.progress import Meter
 from pipeline.schema import URLS, sample_id_of
+from pipeline.seals import sealed_json
 from pipeline.tables import READERS, Table
 
 _CHUNK_ROWS = 65_536
@@ -177,7 +177,7 @@ def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, Exi
 
         def refuse(line: int, reason: str) -> None:
             tally.refuse(line, reason)
-            log.write(json.dumps({"line": line, "reason": reason}) + "\n")
+            log.write(sealed_json({"line": line, "reason": reason}).decode() + "\n")
 
         select = Selector(table, choice, path)
         chunks = _chunks(table, select, choice, refuse, tally)

@@ -68,7 +68,7 @@ def _lines(path: Path) -> bool:
     for _ in read_lines(path, "see it"):
         pass
     with path.open("rb") as file:
-        return is_sealed(file.readline().removesuffix(b"\n"))
+        return not (line := file.readline()) or is_sealed(line.removesuffix(b"\n"))
 
 
 def _arrow(path: Path) -> bool:
