@@ -41,6 +41,8 @@ from trainer.batches import IMAGE_BATCH
 from trainer.metrics import ranks_in
 
 STATE = "state.pt"
+_RANGES = {"lr": (1e-8, 10.0), "layer_decay": (0.01, 1.0), "mixup": (0.0, 100.0), "cutmix": (0.0, 100.0),
+           "smallest_crop": (0.001, 1.0), "erasing": (0.0, 1.0), "seed": (0, 2**32 - 1)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,17 @@ class Recipe:
     augment: str = ""
     erasing: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a value that no training can use, before a model is loaded."""
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:  # false for NaN too
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name):g}: give a number from {low:g} to {high:g}")
+        try:
+            _augmentation(224, self)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise InputError(f"--augment {self.augment}: {error}; give one that timm knows, such as rand-m9-mstd0.5-inc1") \
+                from None
 
     def __str__(self) -> str:
         return "fine-tuned, " + ", ".join(f"{name} {value}" for name, value in asdict(self).items())
@@ -159,14 +172,18 @@ def _batches(subject: Subject, images: list[bytes], label_N: np.ndarray, recipe:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # timm's mixup draws from the global generator
     order = np.random.default_rng(seed).permutation(len(images))
-    augment: Any = create_transform(_size(subject), is_training=True, scale=(recipe.smallest_crop, 1), hflip=0.5,
-                               auto_augment=recipe.augment or None, re_prob=recipe.erasing, interpolation="bicubic",
-                               mean=MEAN, std=STD)
+    augment = _augmentation(_size(subject), recipe)
     for step in range(steps):
         rows = order[step * recipe.batch_size:(step + 1) * recipe.batch_size]
         rows = rows[:len(rows) // 2 * 2]  # mixup pairs pictures
         pictures = torch.stack([augment(upright_rgb(images[row])) for row in rows])  # in turn: the draws are shared
         yield pictures.to(subject.device), torch.as_tensor(label_N[rows], device=subject.device)
+
+
+def _augmentation(size: int, recipe: Recipe) -> Any:
+    return create_transform(size, is_training=True, scale=(recipe.smallest_crop, 1), hflip=0.5,
+                            auto_augment=recipe.augment or None, re_prob=recipe.erasing, interpolation="bicubic",
+                            mean=MEAN, std=STD)
 
 
 def _size(subject: Subject) -> int:

@@ -1,5 +1,6 @@
 """Fine-tuning: stopped and begun again it is the run that was never stopped, and its layers learn at their own rates."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,12 @@ def test_sets_without_a_train_split_or_labels_are_named(subject: Subject, tmp_pa
     write_evalset(tmp_path / "one", "test", [(encoded(picture(1)), 0)], "classification")
     with pytest.raises(InputError, match="one cannot be fine-tuned on: it needs labels and a split 'train'"):
         finetune(Bench.of(subject, tmp_path / "r.jsonl"), tmp_path / "one", RECIPE)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"lr": math.nan}, {"lr": -1.0}, {"mixup": -1.0}, {"smallest_crop": 0.0}, {"smallest_crop": 2.0}, {"layer_decay": 0.0},
+    {"erasing": 2.0}, {"seed": -1}, {"augment": "bogus"}])
+def test_a_recipe_that_cannot_be_trained_is_refused_by_its_option(wrong: dict) -> None:
+    name, = wrong
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} .*give"):
+        Recipe(**wrong)
