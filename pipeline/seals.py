@@ -64,7 +64,7 @@ def open_json(text: bytes) -> dict[str, Any]:
     if sealed := is_sealed(text):
         head = text[:-len(_ENTRY) - _DIGITS - 2]
         if text[len(head):] != _ENTRY + _hex(head) + b'"}':
-            raise Damaged
+            raise Damaged("it does not match its crc32, which has to go when somebody changes it by hand")
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")

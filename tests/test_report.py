@@ -17,6 +17,7 @@ from evaluation.evaluate import Bench, evaluate
 from evaluation.report import write
 from evaluation.subject import checkpoint_subject
 from pipeline.evalsets import write_evalset
+from pipeline.seals import open_json
 
 CHROMIUM = Path("/usr/bin/chromium")
 EVIL = '<script>alert("caption")</script> & <img src=x onerror=alert(1)>'
@@ -130,7 +131,7 @@ def test_a_run_without_results_says_what_to_do(bare: Path, tmp_path: Path) -> No
 
 def catalogued(reported: Path, out: Path) -> Path:
     """A results file as if the model had been measured on all of table 1 and on Flickr30k."""
-    base = json.loads(reported.read_text().splitlines()[6])
+    base = open_json(reported.read_bytes().splitlines()[6])
     rows = [base | {"dataset": name, "task": task, "value": 0.4 + number / 100, "interval": [0.3, 0.6],
                     "alarm": "likely cause: X" if (name, task) == ("flowers102", "zeroshot") else None}
             for task in ("zeroshot", "probe") for number, name in enumerate(paper.published()["datasets"])]

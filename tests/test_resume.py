@@ -32,6 +32,7 @@ from pipeline.recipe import Cursor, Recipe
 from pipeline.replay import normalised, view
 from pipeline.sampling import KINDS, RECIPES, draw_captions, sample_vectors
 from pipeline.schema import sample_id_of
+from pipeline.seals import open_json
 from pipeline.skips import FORGOTTEN_NAME, write_skips
 from pipeline.stream import Stream
 from pipeline.survival import FORGOTTEN
@@ -339,7 +340,7 @@ def test_folders_of_shards_may_move(index, tmp_path):
 def test_weights_of_a_merged_index_hold_unless_the_configuration_says_otherwise(index, tmp_path):
     shutil.copytree(index.folder, tmp_path / "set")
     manifest = tmp_path / "set" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "weights": {"cc": 3.0}}))
+    manifest.write_text(json.dumps({**open_json(manifest.read_bytes()), "weights": {"cc": 3.0}}))
     nothing = np.empty(0, np.int64)
     assert len(Indexed.open(tmp_path / "set", {}, nothing, Place()).plan) == 42 + 2 * 14
     assert len(Indexed.open(tmp_path / "set", {"cc": 1.0}, nothing, Place()).plan) == 42

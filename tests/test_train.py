@@ -11,6 +11,7 @@ from conftest import command
 from short_runs import begin, launch, losses, on_ranks, overrides, run_until, trace, weights
 
 from pipeline.console import InputError, WorkFailed
+from pipeline.seals import open_json
 from trainer import checkpoint
 from trainer.config_file import load_config
 from trainer.log import METRICS, cut_back
@@ -211,7 +212,7 @@ def test_resume_takes_what_leaves_the_result_as_it_is(scenes, tmp_path, finished
     with pytest.raises(InputError, match="already holds a run"):
         restored(half, overrides=[f"run.mirror=file://{mirror}/../mirror"])
     manifest = moved / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "another"}))
+    manifest.write_text(json.dumps(open_json(manifest.read_bytes()) | {"fingerprint": "another"}))
     with pytest.raises(InputError, match="the data stream's 'index' was"):
         restored(half)
 
@@ -265,7 +266,7 @@ def test_other_data_on_resume_is_refused(scenes, tmp_path):
     begin(scenes, folder, **{"optim.samples": 32})
     config, training = restored(folder)
     state = checkpoint.read_state(checkpoint.find(folder))
-    other = json.loads((checkpoint.find(folder) / "state.json").read_text())
+    other = open_json((checkpoint.find(folder) / "state.json").read_bytes())
     other["cursor"]["index"] = "another"
     (checkpoint.find(folder) / "state.json").write_text(json.dumps(other))
     assert state.cursor == training.cursor
