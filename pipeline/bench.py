@@ -160,7 +160,7 @@ def bench(index: Index, recipe: str, size: int, samples: int, rounds: int, out: 
     """Measure, write JSON to `out` when given, return the lines to print."""
     figures = measure(index, recipe, size, samples, rounds)
     if out:
-        out.write_text(json.dumps(figures, indent=2) + "\n")
+        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     spent = figures["pillow_stage_cpu_seconds_per_sample"]
     whole = sum(spent.values())
     width, height = figures["image_pixels"]

@@ -152,7 +152,7 @@ def _claim(part: Path) -> bool:
     if (found := _stat(part)) and _stale(found):
         part.unlink(missing_ok=True)
     try:
-        part.open("x").close()
+        part.open("xb").close()
     except FileExistsError:
         return False
     return True

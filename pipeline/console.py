@@ -1,5 +1,6 @@
 """What every command shares: errors with an exit code, progress for people and for log files."""
 
+import io
 import re
 import shlex
 import sys
@@ -42,6 +43,9 @@ class WorkFailed(RuntimeError):
 
 def run(app: typer.Typer) -> None:
     """Run a Typer app; our two errors and wrong usage become one clear line and an exit code, not a traceback or a box."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that an old locale has not is spelt out: → is \u2192
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except (InputError, WorkFailed) as error:

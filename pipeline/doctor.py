@@ -113,7 +113,7 @@ def _files() -> Finding:
 
 def _resolver() -> Finding:
     path = Path("/etc/resolv.conf")
-    servers = [line.split()[1] for line in path.read_text().splitlines()
+    servers = [line.split()[1] for line in path.read_text(encoding="utf-8").splitlines()
                if line.startswith("nameserver") and len(line.split()) > 1] if path.exists() else []
     if not servers:
         return Finding("DNS resolver", "none in /etc/resolv.conf", False, "name one there; for millions of URLs run a local "

@@ -136,7 +136,7 @@ def _bind(out: Store, settings: dict, table: dict) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    with (out / ".lock").open("w") as lock:
+    with (out / ".lock").open("wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

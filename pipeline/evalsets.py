@@ -224,7 +224,7 @@ def write_evalset(folder: Path, split: str, examples: Iterable[tuple[bytes, Targ
     for name, lines in {DATASET_TYPE: [kind], CLASSNAMES: classnames, TEMPLATES: templates}.items():
         _agreed(folder / name, "".join(f"{line}\n" for line in lines))
     count, shards = _write_tars(partial, examples, per_shard)
-    (partial / NSHARDS).write_text(f"{shards}\n")
+    (partial / NSHARDS).write_text(f"{shards}\n", encoding="utf-8")
     partial.rename(folder / split)
     return count
 

@@ -98,7 +98,7 @@ class Drawing:
     def of_run(cls, config: Path) -> "Drawing":
         """What a run's resolved config.toml says. Raises InputError when it is none."""
         try:
-            run = tomllib.loads(config.read_text())
+            run = tomllib.loads(config.read_text(encoding="utf-8"))
             data, recipe = run["data"], run["data"]["recipe"]
             names = RECIPES[recipe] if isinstance(recipe, str) else tuple(recipe)
             told: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value

@@ -57,6 +57,6 @@ def _quiet_and_mortal() -> None:
     assert parent is not None
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    with Path(os.devnull).open("w") as void:
+    with Path(os.devnull).open("w", encoding="utf-8") as void:
         os.dup2(void.fileno(), 1)
         os.dup2(void.fileno(), 2)

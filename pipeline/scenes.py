@@ -175,7 +175,7 @@ def _write_folder(folder: Path, samples: Iterable[tuple[Scene, bytes]]) -> None:
             (folder / path).parent.mkdir(parents=True)
         (folder / path).write_bytes(image)
         rows.append(f"{path}\t{scene.caption()}\n")
-    (folder / "captions.tsv").write_text("".join(rows))
+    (folder / "captions.tsv").write_text("".join(rows), encoding="utf-8")
 
 
 def _write_wds(folder: Path, samples: Iterable[tuple[Scene, bytes]]) -> None:

@@ -38,6 +38,24 @@ def test_one_file_knows_dali_and_only_the_download_knows_img2dataset():
     assert users["img2dataset"] <= {"download.py", "fetch.py", "workers.py"}
 
 
+def without_encoding(path: Path) -> list[str]:
+    """The calls that read or write text in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            modes = [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+            opens_text = node.func.attr == "open" and modes and set(modes[0]) <= set("rwax+t")
+            named = any(keyword.arg == "encoding" for keyword in node.keywords)
+            if (opens_text or node.func.attr in ("read_text", "write_text")) and not named:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    return found
+
+
+@pytest.mark.parametrize("package", ["pipeline", "trainer", "evaluation"])
+def test_texts_are_utf_8_whatever_the_locale(package):
+    assert [place for path in (ROOT / package).rglob("*.py") for place in without_encoding(path)] == []
+
+
 def commands(program: str) -> list[list[str]]:
     """Every command of a program, sub-commands included."""
     import importlib

@@ -1,7 +1,9 @@
 """What every command shares: wrong usage is one plain line and exit code 2, help ends with an example, --version."""
 
+import os
 from importlib.metadata import version
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import command, encoded, picture
 from shards import write_set
@@ -64,3 +66,21 @@ def test_a_wrong_path_is_one_line_and_exit_code_2(tmp_path, words, says):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert says in done.stderr
     assert not (tmp_path / "s3:").exists()
+
+
+OLD = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # ASCII: what Latin-1 cannot do, it cannot do either
+
+
+@pytest.mark.parametrize("words", [("uniclip-data", "urls", "--help"), ("uniclip-train", "presets")], ids=" ".join)
+def test_an_old_locale_spells_out_what_it_has_no_letters_for(words):
+    done, modern = (command(*words, env=os.environ | more) for more in (OLD, {"PYTHONIOENCODING": "utf-8"}))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    assert done.stdout.split()[:3] == modern.stdout.split()[:3]
+
+
+def test_in_an_old_locale_texts_are_read_and_written_as_utf_8(tmp_path):
+    (tmp_path / "a.tsv").write_text("url\tcaption\nhttp://h/1\tgrüne Wälder → 森\nhttp://h/2\n", encoding="utf-8")
+    done = command("uniclip-data", "urls", "table", "a.tsv", "u.parquet", cwd=tmp_path, env=os.environ | OLD)
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "u.parquet")["captions"].to_pylist() == [["grüne Wälder → 森"]]

@@ -59,7 +59,7 @@ class Stop:
 
     def run(self, words: list[str | Path], log: Path, environment: dict[str, str], lock: IO) -> int:
         """Run a command into its log → exit status. It has `lock` as long as it lives, and hears no Ctrl-C."""
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             with self._lock:
                 if self._stopped:
                     return 0
@@ -97,14 +97,14 @@ def work(grid: Grid, cell: Cell, environment: dict[str, str], stop: Stop) -> str
             return ""
         if failed:
             return f"{folder / 'eval.log'}: {_last_line(folder / 'eval.log')}"
-        rows = [json.loads(line) for line in (run / RESULTS).read_text().splitlines()]
+        rows = [json.loads(line) for line in (run / RESULTS).read_text(encoding="utf-8").splitlines()]
         cell.finish(state.seconds, {row["metric"]: row["value"] for row in rows if
                                     (row["data_sha256"], row["checkpoint"]) == (grid.evaluated, last.name)})
     return ""
 
 
 def _last_line(path: Path) -> str:
-    return (path.read_text().strip().splitlines() or ["nothing was said"])[-1]
+    return (path.read_text(encoding="utf-8").strip().splitlines() or ["nothing was said"])[-1]
 
 
 def run_all(grid: Grid, processes: int, minutes: float) -> list[str]:

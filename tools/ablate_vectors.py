@@ -128,7 +128,7 @@ def main(evalset: Annotated[Path, typer.Argument(help="A captioned evaluation se
     if out:
         out.write_text(json.dumps([{"run": str(place), "seen_as": name, "vector": which, METRIC: value}
                                    for place, one in zip(runs, found, strict=True) for (name, which), value in one.items()],
-                                  indent=1) + "\n")
+                                  indent=1) + "\n", encoding="utf-8")
     say(table(found))
 
 

@@ -71,7 +71,7 @@ def _theirs(table: Path, out: Path, processes: int, threads: int, size: int) -> 
 
 
 def _stored(out: Path) -> int:
-    return sum(json.loads(path.read_text())["successes"] for path in out.glob("*_stats.json"))
+    return sum(json.loads(path.read_text(encoding="utf-8"))["successes"] for path in out.glob("*_stats.json"))
 
 
 def main(

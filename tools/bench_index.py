@@ -60,7 +60,7 @@ def _batch(rows: np.ndarray, shards: pa.Array, sources: pa.Array, random: np.ran
 
 def private_mb() -> float:
     """RssAnon of this process."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     return int(found[1]) / 1000 if found else float("nan")
 
 

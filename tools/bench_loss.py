@@ -49,7 +49,7 @@ def step(name: str, tensors: list[Tensor]) -> float:
 
 def status(key: str) -> int:
     """A number of /proc/self/status, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(lines[key].split()[0]) * 1024
 
 
@@ -160,12 +160,12 @@ def main(
     out.mkdir(exist_ok=True)
     said = {"device": device, "machine": machine, "torch": torch.__version__, "dtype": dtype, "threads": 1,
             "views": VIEWS, "texts": TEXTS, "width": WIDTH, "repeats": repeats, "rows": rows}
-    (out / f"loss-{device}.json").write_text(json.dumps(said, indent=1) + "\n")
+    (out / f"loss-{device}.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     about = (f"MP-NCE, forward + backward, {VIEWS} views and {TEXTS} text, D = {WIDTH}, {dtype}, {device}, one thread; "
              f"torch {torch.__version__}. Medians of {repeats} turns; ratios are medians of the turns' ratios; seconds "
              "on a CPU are the process's own; memory is the peak above inputs in a process of its own; the rate counts "
              "useful work, four half products of M²·D.\n\n")
-    (out / f"loss-{device}.md").write_text(about + table(rows))
+    (out / f"loss-{device}.md").write_text(about + table(rows), encoding="utf-8")
     plot(rows, out / f"loss-{device}.png")
     print("\n" + table(rows))
 

@@ -61,7 +61,7 @@ def measure(name: str, scratch: Path, device: str, seconds: float) -> dict:
     A part that fails or runs out of time has its last line for a status; its children end with it.
     """
     answer, log = scratch / f"{name}.json", scratch / f"{name}.log"
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen([sys.executable, "-m", "tools.gpu_parts", name, scratch, device], cwd=ROOT, stdout=file,
                                    stderr=file, start_new_session=True)
         try:
@@ -73,8 +73,8 @@ def measure(name: str, scratch: Path, device: str, seconds: float) -> dict:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if answer.is_file():
-        return json.loads(answer.read_text())
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return json.loads(answer.read_text(encoding="utf-8"))
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return {"status": f"{status}: {lines[-1].strip() if lines else 'it said nothing'}"}
 
 
@@ -113,7 +113,7 @@ def good(name: str, record: dict) -> bool:
 
 def keep(out: Path, name: str, record: dict, page: str) -> dict[str, dict]:
     """Merge one part into what is there → all parts; its profile and the table go beside it."""
-    kept = json.loads(out.read_text())["parts"] if out.is_file() else {}
+    kept = json.loads(out.read_text(encoding="utf-8"))["parts"] if out.is_file() else {}
     kept[name] = record
     write_json(out, {"parts": kept})
     machines = ", ".join(sorted({of["machine"] for of in kept.values()}))
@@ -121,7 +121,7 @@ def keep(out: Path, name: str, record: dict, page: str) -> dict[str, dict]:
                        (out.with_name(f"{out.stem}-{name}.md"), page)):
         if text:
             with replacing(path) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
     return kept
 
 
@@ -148,7 +148,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         out = out or (Path(scratch) / "rehearsal.json" if rehearse else OUT)
         device, machine = ("cpu", REHEARSAL) if rehearse else ("cuda", torch.cuda.get_device_name())
-        known = json.loads(out.read_text())["parts"] if out.is_file() else {}
+        known = json.loads(out.read_text(encoding="utf-8"))["parts"] if out.is_file() else {}
         same = {"sources": sources(), "machine": machine}
         about = same | {"commit": commit(), "cores": os.cpu_count(), "versions": versions(),
                         "command": shlex.join(["python", "-m", "tools.gpu_check", *sys.argv[1:]])}

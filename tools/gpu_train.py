@@ -40,7 +40,7 @@ def _config(preset: str, folder: Path, photos: Path, device: str, batch: int, st
 
 
 def _logged(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def _run(config: Config, resident: bool) -> list[dict]:

@@ -110,7 +110,7 @@ class Cell:
     def found(self, seen: str) -> dict | None:
         """The same, with images seen in one of SEEN."""
         path = self.folder / SEEN[seen]
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found if found and all(found.get(name) == digest for name, digest in self.upon.items() if digest) else None
 
     def finish(self, seconds: float, metrics: dict[str, float], seen: str = "whole") -> None:
@@ -124,7 +124,7 @@ class Cell:
     def alone(self) -> Generator[IO | None]:
         """Hold the cell, also for processes that are handed the file; None when another process has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
+        with (self.folder / ".lock").open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

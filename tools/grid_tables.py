@@ -66,14 +66,14 @@ def write_tables(grid: Grid, seen: str = "whole") -> str:
     _write(folder / "tables.csv", COLUMNS, [line for lines in tables.values() for line in lines])
     _write(folder / "cells.csv", CELL_COLUMNS, list(_cells(grid, seen)))
     text = "\n".join(_markdown(grid, name, lines, seen) for name, lines in tables.items())
-    (folder / "tables.md").write_text(text)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
     if any(tables.values()):
         draw(grid, tables, folder / "tables.png", seen)
     return text
 
 
 def _write(path: Path, columns: tuple[str, ...], lines: list[dict]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({key: "" if value != value else value for key, value in line.items()} for line in lines)

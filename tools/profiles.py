@@ -209,7 +209,7 @@ def traced(step: Callable[[], object], device: str, steps: int = 3, work: dict[s
         several()
     with tempfile.TemporaryDirectory() as folder:
         watched.export_chrome_trace(f"{folder}/trace.json")
-        trace = json.loads((Path(folder) / "trace.json").read_text())
+        trace = json.loads((Path(folder) / "trace.json").read_text(encoding="utf-8"))
     return Profile(steps, took, reduce(trace, {part: steps * flops for part, flops in (work or {}).items()}))
 
 

@@ -53,7 +53,7 @@ class Window:
 
 def _cpu_of_all() -> float:
     """CPU seconds of this process and of the data loader's."""
-    stats = [Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+    stats = [Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
              for child in multiprocessing.active_children()]
     ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
@@ -136,7 +136,7 @@ def by_open_clip(sizes: dict, settings: dict) -> dict[str, float]:
     multiprocessing.set_start_method("fork", force=True)  # as from a shell: its data loader cannot be pickled
     folder, batch, cuda = Path(settings["folder"]), settings["batch"], settings["device"] == "cuda"
     folder.mkdir(parents=True)
-    (folder / "bench.json").write_text(json.dumps(sizes))
+    (folder / "bench.json").write_text(json.dumps(sizes), encoding="utf-8")
     open_clip.add_model_config(folder / "bench.json")
     tars = sorted(Path(settings["shards"]).glob("*.tar"))
     tars *= -(-settings["workers"] // len(tars))  # each worker wants one of its own

@@ -115,8 +115,8 @@ def write(folder: Path, taken: Snapshot) -> None:
         save_file(taken.tensors.average, folder / AVERAGE)
     torch.save({"optimizer": taken.tensors.optimizer, "rng": taken.tensors.rng, "memory": taken.tensors.memory},
                folder / OPTIMIZER)
-    (folder / TOKENIZER).write_text(taken.tokenizer)
-    (folder / CONFIG).write_text(taken.config)
+    (folder / TOKENIZER).write_text(taken.tokenizer, encoding="utf-8")
+    (folder / CONFIG).write_text(taken.config, encoding="utf-8")
     hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     for name in hashes:
         _sync(folder / name)
@@ -131,7 +131,7 @@ def folder_of(run: Path, cursor: Cursor) -> Path:
 def point_at(folder: Path) -> None:
     """Make `latest` name this checkpoint. A run resumed from an older one goes back to it before it trains."""
     with replacing(folder.parent / LATEST) as temporary:
-        temporary.write_text(folder.name)
+        temporary.write_text(folder.name, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:
@@ -143,7 +143,7 @@ def _sync(path: Path) -> None:
 def retain(checkpoints: Path, keep: int, in_use: Collection[Path] = ()) -> None:
     """Remove what makes way for the newest checkpoint, see `mirror.superseded`, but for those `in_use`."""
     names = [path.name for path in checkpoints.iterdir() if path.is_dir()]
-    for name in superseded(names, (checkpoints / LATEST).read_text(), keep):
+    for name in superseded(names, (checkpoints / LATEST).read_text(encoding="utf-8"), keep):
         if checkpoints / name not in in_use:
             shutil.rmtree(checkpoints / name)
 
@@ -151,7 +151,7 @@ def retain(checkpoints: Path, keep: int, in_use: Collection[Path] = ()) -> None:
 def find(path: Path) -> Path:
     """A run folder or a checkpoint folder → the checkpoint's folder. Raises InputError."""
     pointer = path / "checkpoints" / LATEST
-    folder = path / "checkpoints" / pointer.read_text().strip() if pointer.is_file() else path
+    folder = path / "checkpoints" / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else path
     if not (folder / STATE).is_file():
         raise InputError(f"{folder} holds no checkpoint (no {STATE}): " + _others(path / "checkpoints"))
     return folder
@@ -200,7 +200,7 @@ def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> L
     folder = find(Path(path))
     state = read_state(folder)
     config = load_config(str(folder / CONFIG))
-    tokenizer = CaptionTokenizer.from_json((folder / TOKENIZER).read_text(), config.model.text.context)
+    tokenizer = CaptionTokenizer.from_json((folder / TOKENIZER).read_text(encoding="utf-8"), config.model.text.context)
     model = make_model(config, tokenizer)
     name = AVERAGE if average and AVERAGE in state.hashes else WEIGHTS
     try:

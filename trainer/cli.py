@@ -113,7 +113,8 @@ def presets() -> None:
     from trainer.config_file import presets as known
 
     for name, path in known().items():
-        say(f"{name:16} {path.read_text().splitlines()[0].lstrip('# ')}")
+        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        say(f"{name:16} {first}")
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def _read(path: Path, source: str, above: tuple[Path, ...] = ()) -> dict[str, An
         raise InputError(f"no configuration {source}: neither a TOML file nor a preset"
                          + (f"; did you mean {near[0]}?" if near else f" ({', '.join(presets())})"))
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from None
     base = values.pop("base", None)

@@ -45,7 +45,7 @@ class Log:
         self._samples = samples
         for name in (METRICS, LEDGER):
             cut_back(run.folder / name, samples_seen)
-        self._file = (run.folder / METRICS).open("a", buffering=1)
+        self._file = (run.folder / METRICS).open("a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=samples_seen + 1)
         self._wandb = _wandb(run) if run.wandb else None
         self._hints = Hints(samples)

@@ -133,8 +133,8 @@ def available(device: str) -> int:
     """Free bytes of the GPU; of this machine and the control group it is in, for the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
-    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     free = int(told["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
-    limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
-    return free if limit == "max" else min(free, int(limit) - int((group / "memory.current").read_text()))
+    limit = (group / "memory.max").read_text(encoding="utf-8").strip() if (group / "memory.max").is_file() else "max"
+    return free if limit == "max" else min(free, int(limit) - int((group / "memory.current").read_text(encoding="utf-8")))

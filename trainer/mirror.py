@@ -108,8 +108,8 @@ class Mirror:
 
     def _fetch(self, run: Path, name: str) -> None:
         here, folder = run / "checkpoints" / LATEST, run / "checkpoints" / name
-        if here.is_file() and here.read_text() > name:
-            raise InputError(f"{run} stands at {here.read_text()} samples, {self.url} only at {name}: go on with "
+        if here.is_file() and (stands := here.read_text(encoding="utf-8")) > name:
+            raise InputError(f"{run} stands at {stands} samples, {self.url} only at {name}: go on with "
                              f"`uniclip-train resume {run}`, or give another --folder")
         folder.mkdir(parents=True, exist_ok=True)
         source = f"{self._root}/checkpoints/{name}"
@@ -120,7 +120,7 @@ class Mirror:
                 self._fs.get_file(f"{self._root}/{log}", str(run / log))
         shutil.copyfile(folder / CONFIG, run / CONFIG)
         with replacing(here) as temporary:
-            temporary.write_text(name)
+            temporary.write_text(name, encoding="utf-8")
         say(f"fetched {self.url}, checkpoint {name}, to {run}")
 
     def _names(self) -> list[str]:

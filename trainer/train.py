@@ -134,7 +134,7 @@ def _open(config: Config, t: Training, saver: Saver) -> tuple[Log | None, Ledger
     if t.ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / checkpoint.CONFIG) as temporary:
-            temporary.write_text(config.to_toml())
+            temporary.write_text(config.to_toml(), encoding="utf-8")
         if samples:
             say(f"resuming {folder} at {samples:,} samples")
             checkpoint.point_at(checkpoint.folder_of(folder, t.cursor))

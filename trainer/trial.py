@@ -64,7 +64,7 @@ def pace(config: Config, t: Training, ranks: int, scratch: Path) -> tuple[Pace, 
     groups = min(part * min(config.optim.accumulation, PARTS), GROUPS[torch.device(t.device).type])
     ledger = Ledger(scratch / "bad_samples.jsonl", budget=1.0)
     read, batch = _read(t, groups, ledger)
-    lines = (scratch / "bad_samples.jsonl").read_text().splitlines() if ledger.bad else []
+    lines = (scratch / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines() if ledger.bad else []
     reasons = Counter(json.loads(line)["reason"] for line in lines)
     usable = len(_different(batch)) > 1
     trained = _train(config, t, batch) if usable else math.nan
