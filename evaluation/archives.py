@@ -3,25 +3,28 @@
 Nothing that an archive claims can fill memory or disk: members, depth, and what comes out in all are bounded.
 """
 
+import bz2
+import gzip
 import io
 import lzma
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pipeline.console import InputError
+from pipeline.members import Member, Tar, Torn
 
 TAR_ENDINGS, ZIP_ENDING = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), ".zip"
 _MEMBER_BYTES = 512 << 20  # the largest that is read whole is a class of ImageNet
 _DEEPEST = 2  # archives in an archive; ImageNet's and Caltech's hold others, which hold none
 _GROWTH, _AT_LEAST = 100, 1 << 30  # what comes out: times the archive's size, and bytes beside that
-_UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError,
+_OPENERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+_UNREADABLE = (Torn, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError,
                OverflowError, RuntimeError)  # zipfile raises the last for a password or an unknown method
 
 _FOREIGN = "this is not the original archive, fetch it again"
@@ -33,7 +36,7 @@ def files(source: Path) -> Iterator[File]:
     """Every file, folders in the order of their names, archives in their own order.
 
     A member's path does not name its archive: packed and unpacked look alike to whoever matches the ends of paths.
-    Raises InputError for a damaged archive.
+    Raises InputError for a damaged archive, and when the bytes of a link or a sparse member are asked for.
     """
     for path in [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file()):
         if _is_archive(path.name):
@@ -100,7 +103,15 @@ def _zip(stream: IO[bytes]) -> Iterator[tuple[str, int, Callable[[], IO[bytes] |
 
 
 def _tar(stream: IO[bytes]) -> Iterator[tuple[str, int, Callable[[], IO[bytes] | None]]]:
-    with tarfile.open(fileobj=stream, mode="r|*") as archive:
-        for member in archive:
-            if member.isfile():
-                yield member.name.removeprefix("./"), member.size, partial(archive.extractfile, member)
+    opener = _OPENERS.get(stream.read(2))
+    stream.seek(0)
+    tar = Tar(opener(stream) if opener else stream)
+    for member in tar:
+        if not member.folder:
+            yield member.name.removeprefix("./"), member.size, partial(_file, tar, member)
+
+
+def _file(tar: Tar, member: Member) -> IO[bytes]:
+    if member.flaw:
+        raise Torn(member.flaw)
+    return io.BytesIO(tar.read(member))

@@ -11,12 +11,13 @@ import hashlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 from pipeline import tablesets
 from pipeline.console import InputError, existing
 from pipeline.files import sha256_of
+from pipeline.samples import PACKED, Group, groups, has
 
 CLASSIFICATION, RETRIEVAL = "classification", "retrieval"
 DATASET_TYPE, NSHARDS = "dataset_type.txt", "nshards.txt"
@@ -49,13 +50,13 @@ class EvalSet:
         if shard.suffix == ".tsv":
             yield from tablesets.examples(shard, self.split)
             return
-        for sample in _tar_samples(shard):
-            where = f"{shard}, key {sample['__key__']}"
+        for group in _whole(shard):
+            where, sample = f"{shard}, key {group.key}", group.data
             image = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
             if image is None:
-                raise InputError(f"{where}: no image among its members; expected .{', .'.join(IMAGE_EXTENSIONS)}")
+                raise InputError(f"{where}: no image: {has(group)}")
             target = _label(sample, where, self) if self.kind == CLASSIFICATION else _captions(sample, where)
-            yield sample["__key__"], image, target
+            yield group.key, image, target
 
     def examples(self) -> Iterator[Example]:
         """Yield (key, image bytes, label or captions) of the whole split, in the order of the tars."""
@@ -150,6 +151,8 @@ def splits_of(folder: Path) -> list[str]:
 def _shards(folder: Path, split: str) -> tuple[Path, ...]:
     """The tars nshards.txt counts; one too many or one missing would silently evaluate another set."""
     if not split or split not in splits_of(folder):
+        if packed := sorted(path.name for path in folder.glob(f"{split}/*") if PACKED.search(path.name)):
+            raise InputError(f"{folder / split} holds {packed[0]}, which is compressed: unpack it and name it NUMBER.tar")
         present = ", ".join(splits_of(folder)) or "none: is this CLIP_benchmark's WebDataset layout?"
         raise InputError(f"evaluation set {folder} has no split {split!r}; splits present: {present}")
     path = folder / split / NSHARDS
@@ -171,23 +174,28 @@ def _manifest(folder: Path, files: list[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _tar_samples(shard: Path) -> Iterator[dict]:
-    """webdataset's grouping over a file we open ourselves, so that no name is ever taken for a URL or a command."""
-    import tarfile
-
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
+def _whole(shard: Path) -> Iterator[Group]:
+    """The samples of a tar. Raises InputError for one that is not whole, or a member of none: a result covers a whole set."""
+    seen = set()
     try:
-        with shard.open("rb") as stream:
-            yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]))
-    except (tarfile.TarError, OSError, ValueError) as error:
-        reason = str(error.args[0]).split(" @ ")[0].split(" dict_keys")[0]  # webdataset appends its own objects
-        raise InputError(f"{shard} cannot be read as a WebDataset tar ({reason}): fetch or write it again") from None
+        with shard.open("rb") as file:
+            for group, following in pairwise(chain(groups(file), [None])):
+                if torn := next((one for one in (group, following) if one and not one.key), None):
+                    raise InputError(f"{shard} cannot be read as a WebDataset tar ({torn.flaw}): fetch or write it again")
+                assert group is not None
+                seen.update([following.key] if following and following.key == group.key else ())
+                if group.flaw or group.key in seen:
+                    raise InputError(f"{shard}, key {group.key}: {group.flaw or 'duplicate key: name its members otherwise'}")
+                seen.add(group.key)
+                yield group
+    except OSError as error:
+        raise InputError(f"{shard} cannot be read ({error}): fetch or write it again") from None
 
 
-def _label(sample: dict, where: str, evalset: EvalSet) -> int:
+def _label(sample: dict[str, bytes], where: str, evalset: EvalSet) -> int:
     if "cls" not in sample:
-        raise InputError(f"{where}: no .cls member; a retrieval set says so in {DATASET_TYPE}")
+        raise InputError(f"{where}: no .cls member beside its image (sort the tar: --sort=name); "
+                         f"a retrieval set says so in {DATASET_TYPE}")
     text = sample["cls"].removeprefix(b"\xef\xbb\xbf").decode("ascii", "replace").strip()
     if not text.isdecimal():
         raise InputError(f"{where}: label {text!r} is not a non-negative integer")
@@ -197,7 +205,7 @@ def _label(sample: dict, where: str, evalset: EvalSet) -> int:
     return int(text)
 
 
-def _captions(sample: dict, where: str) -> list[str]:
+def _captions(sample: dict[str, bytes], where: str) -> list[str]:
     if "txt" not in sample:
         raise InputError(f"{where}: no .txt member with captions; is this set of kind {RETRIEVAL}?")
     try:

@@ -18,6 +18,8 @@ from pipeline.console import InputError, WorkFailed, err, existing
 from pipeline.files import alone, homes, replacing
 from pipeline.groups import Carried, Grouped, carried
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, PREVIOUS_NAME, manifest_of
+from pipeline.members import shown
+from pipeline.samples import PACKED
 from pipeline.scans import Scanned, scanned
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS, SCHEMA_VERSION
 from pipeline.seals import UNREADABLE, sealed_json, write_sealed_json
@@ -62,10 +64,23 @@ def tars_of(folder: Path) -> list[str]:
 
 
 def _tars(folder: Path) -> list[str]:
-    if not (names := tars_of(folder)):
-        raise InputError(f"{folder} holds no .tar file: give the folder that `uniclip-data download` wrote, "
-                         "or any folder of WebDataset tars")
+    """The tars, after a word on files that are probably tars and are not read. Raises InputError where there is no tar."""
+    names, unread = tars_of(folder), _unread(folder)
+    told = f"{', '.join(unread[:3])}{f' and {len(unread) - 3:,} more' if len(unread) > 3 else ''}"
+    cure = "unpack what is compressed, and let names end in .tar"
+    if not names:
+        raise InputError(f"{folder} holds no .tar file" + (f", but {told}: {cure}" if unread else
+                         ": give the folder that `uniclip-data download` wrote, or any folder of WebDataset tars"))
+    if unread:
+        err.print(f"warning: {folder}: {told} not read: {cure}", style="yellow", markup=False)
     return names
+
+
+def _unread(folder: Path) -> list[str]:
+    """Names of compressed tars, and of tars in other letters than `.tar`."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if not path.name.endswith(".tar"))
+    return [shown(path.as_posix()) for path in paths if (PACKED.search(path.name) or path.name.lower().endswith(".tar"))
+            and not any(part[0] in "._" for part in path.parts) and (folder / path).is_file()]
 
 
 def _twins(sample_id: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +191,7 @@ def _write(path: Path, batches: Iterator[pa.RecordBatch], names: list[str], sour
 
 
 def _quarantine(path: Path, shards: list[Scanned]) -> Counter[str]:
-    """Write one line for each unusable sample; return how many there are for each reason."""
+    """Write one line for each unusable sample; return how many there are for each reason, in all its words."""
     counts: Counter[str] = Counter()
     with replacing(path) as temporary, temporary.open("wb") as file:
         for shard in shards:
@@ -199,13 +214,16 @@ def build_locked(folder: Path, workers: int | None = None, command: str = "") ->
     """The same for who is `alone` there."""
     names = _tars(folder)
     shards = scanned(folder, names, workers, Forgotten.beside(folder, names))
-    excluded = _quarantine(folder / QUARANTINE_NAME, shards)
+    reasons = _quarantine(folder / QUARANTINE_NAME, shards)
     if gone := sum(int(shard.gone.sum()) for shard in shards):
-        excluded[FORGOTTEN] = gone
+        reasons[FORGOTTEN] = gone
     if not sum(len(shard.sample_id) for shard in shards):
         remove(folder)
-        most = "".join(f"; {count:,} × {reason}, see {folder / QUARANTINE_NAME}" for reason, count in excluded.most_common(1))
-        raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars{most}")
+        most = ", ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common(3))
+        raise WorkFailed(f"{folder}: no usable sample in {len(names):,} tars; {most}, see {folder / QUARANTINE_NAME}")
+    excluded: Counter[str] = Counter()
+    for reason, count in reasons.items():
+        excluded[reason.partition(":")[0]] += count
     return assemble(folder, shards, dict(excluded.most_common()), command)
 
 

@@ -20,7 +20,7 @@ from pipeline.schema import SCHEMA_VERSION
 from pipeline.seals import UNREADABLE, Damaged, read_json
 from pipeline.skips import Forgotten
 from pipeline.survival import SUMS
-from pipeline.tars import ROWS, SCANNED, Known, scan
+from pipeline.tars import ROWS, SCAN_VERSION, SCANNED, Known, scan
 
 SCANS_NAME = ".scans"  # hidden, and of no use to anybody else: it may be deleted at any time
 _NOTHING = Forgotten()
@@ -73,7 +73,7 @@ def scan_path(folder: Path, name: str) -> Path:
 def _stamp(path: Path) -> list[int]:
     """What changes with a tar's content: size, time of change, and how we scan."""
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, SCHEMA_VERSION]
+    return [stat.st_size, stat.st_mtime_ns, SCHEMA_VERSION, SCAN_VERSION]
 
 
 def _scan_to_file(folder: Path, name: str) -> str:

@@ -32,16 +32,15 @@ from pipeline.plan import digest
 from pipeline.prefetch import delivered
 from pipeline.reader import ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
+from pipeline.samples import PACKED, Group, Keys, Unusable
 from pipeline.sampling import draw_captions, sample_vectors
 from pipeline.schema import Batch, sample_id_of
 from pipeline.skips import Forgotten
-from pipeline.tars import Unusable
 from pipeline.tarstream import Sample, parsed, raw_samples
 from pipeline.wording import Draw, tokens_of
 
 SHUFFLE_BUFFER = 4096  # encoded samples
 PARSED_AHEAD = 64
-COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 PARSE_TIMEOUT = 600.0  # seconds; nothing there waits for anybody
 
 
@@ -51,7 +50,7 @@ def shard_urls(pattern: str) -> list[str]:
     for url in urls:
         if url.startswith("pipe:"):
             raise InputError(f"data.stream: {url!r} would run a shell command; give files or fsspec URLs")
-        if url.endswith(COMPRESSED):
+        if PACKED.search(url):
             raise InputError(f"data.stream: {url} is compressed: unpack it, images gain nothing from it")
         try:
             get_filesystem_class(get_protocol(url))
@@ -104,9 +103,9 @@ class Stream:
     def captions(self) -> Iterator[str]:
         """Every caption, in one pass over all tars."""
         reads = ReadAhead(1)
-        for sample in raw_samples(self.urls, reads, self.timeout):
+        for _, group in raw_samples(self.urls, reads, self.timeout):
             try:
-                row = parsed(sample)
+                row = parsed(group)
             except Unusable:
                 continue
             if self.wants(row):
@@ -147,33 +146,30 @@ class StreamLoader:
         shuffled = wds.shuffle(SHUFFLE_BUFFER, rng=random.Random(f"{self._cursor.seed} {number} {self._rank}"))
         yield from shuffled(self._usable(self._parsed(raw), fault))
 
-    def _parsed(self, raw: Iterator[Sample]) -> Iterator[tuple[Sample, Sample | Exception]]:
-        """(raw sample, its row or why there is none) in order, parsed on threads."""
-        waiting: deque[tuple[Sample, list[Future[Sample]]]] = deque()
-        for sample in raw:
-            waiting.append((sample, self._parsers.ask([partial(parsed, sample)])))
+    def _parsed(self, raw: Iterator[tuple[str, Group]]) -> Iterator[tuple[str, Group, Sample | Exception]]:
+        """(url, group, its row or why there is none) in order, parsed on threads."""
+        waiting: deque[tuple[str, Group, list[Future[Sample]]]] = deque()
+        for url, group in raw:
+            waiting.append((url, group, self._parsers.ask([partial(parsed, group)])))
             if len(waiting) >= PARSED_AHEAD:
                 yield self._answer(*waiting.popleft())
         while waiting:
             yield self._answer(*waiting.popleft())
 
-    def _answer(self, sample: Sample, future: list[Future[Sample]]) -> tuple[Sample, Sample | Exception]:
-        return sample, self._parsers.answers(future, PARSE_TIMEOUT)[0]
+    def _answer(self, url: str, group: Group, future: list[Future[Sample]]) -> tuple[str, Group, Sample | Exception]:
+        return url, group, self._parsers.answers(future, PARSE_TIMEOUT)[0]
 
-    def _usable(self, rows: Iterator[tuple[Sample, Sample | Exception]], fault: Callable[[dict], None]) -> Iterator[Sample]:
+    def _usable(self, rows: Iterator[tuple[str, Group, Sample | Exception]], fault: Callable[[dict], None]
+                ) -> Iterator[Sample]:
         """The rows that are wanted; of equal keys in a tar the first usable one, as in the index."""
-        seen, tar = set(), ""
-        for sample, row in rows:
-            url, key = sample["__url__"], sample["__key__"]
+        keys, tar = Keys(), ""
+        for url, group, row in rows:
             if url != tar:
-                seen, tar = set(), url
-            if key and key in seen:
-                row = Unusable("duplicate key")
+                keys, tar = Keys(), url
+            row = keys.judge(group, row)
             if isinstance(row, Exception):
-                fault({"shard": url, "key": key, "reason": reason(row, Unusable, TimeoutError)})
-                continue
-            seen.add(key)
-            if self._stream.wants(row):
+                fault({"shard": url, "key": group.key, "reason": reason(row, Unusable, TimeoutError)})
+            elif self._stream.wants(row):
                 yield {**row, "url": url}
 
     def _samples(self, faults: list[dict]) -> Iterator[tuple[int, Sample]]:

@@ -8,20 +8,19 @@ import re
 import shutil
 import tarfile
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from pipeline.console import WorkFailed
 from pipeline.files import replacing, sha256_of
 from pipeline.images import Undecodable, inspect
+from pipeline.members import Tar, Torn, shown
+from pipeline.samples import BLANK, IMAGE_SUFFIXES, Group, Keys, Unusable, groups, has, key_and_suffix
 from pipeline.schema import INDEX, sample_id_of
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# webdataset.tariterators' rules, restated because importing webdataset imports torch; a test compares the two.
-_KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_META = re.compile(r"__[^/]*__($|/)")
 
 # The index's columns as one shard knows them; names become dictionary codes when the shards are put together.
 ROWS = pa.schema([INDEX.field(name).with_type(pa.string()) if name == "source" else INDEX.field(name)
@@ -29,18 +28,8 @@ ROWS = pa.schema([INDEX.field(name).with_type(pa.string()) if name == "source" e
 # The same with what a takedown may name: sha256 of the stored image, and of the original that it was made from, as the .json
 # says.
 SCANNED = pa.schema([*ROWS, ("sha256", pa.binary(32)), ("original", pa.binary(32))])
-BLANK = "__forgotten__"  # a member that WebDataset passes over, where a forgotten one was
+SCAN_VERSION = 2  # of what `scan` takes from a tar; a scan of another version is made again
 _SHA256 = re.compile(r"(?i)[0-9a-f]{64}")
-
-
-@dataclass
-class Group:
-    """The members of one sample: suffix → (offset, size) in the tar."""
-
-    key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    broken: str = ""  # why the tar does not give it whole
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -65,10 +54,6 @@ class Known:
     original: str
 
 
-class Unusable(ValueError):
-    """A sample that cannot be trained on; the message is its class."""
-
-
 def why_undecodable(error: Undecodable) -> str:
     """The class of an undecodable image in plain words."""
     text = str(error)
@@ -77,127 +62,122 @@ def why_undecodable(error: Undecodable) -> str:
     return "not an image" if text in {"not an image", "empty"} else "broken image"
 
 
-def groups(path: Path) -> Iterator[Group]:
-    """The samples of a tar in its order.
-
-    A tar that stops without its end mark ends with a `broken` group: the sample it was cut in, or one without a key.
-    """
-    size, group, whole = path.stat().st_size, None, False
-    with path.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    found = _KEY_AND_SUFFIX.match(member.name)
-                    if not member.isreg() or not found or _META.match(member.name):
-                        continue
-                    key, suffix = found[1], found[2].lower()
-                    if group is None or group.key != key or suffix in group.members:
-                        if group:
-                            yield group
-                        group = Group(key)
-                    group.members[suffix] = member.offset_data, member.size
-                    if member.offset_data + member.size > size:
-                        group.broken = "truncated tar"
-                whole = _ends_properly(file, tar.offset)
-        except (tarfile.TarError, ValueError, OverflowError):
-            pass  # a torn or foreign header: said below
-    if group:
-        yield group
-    if not whole and not (group and group.broken):
-        yield Group("", broken="truncated tar" if group else "not a tar")
-
-
-def _ends_properly(file: BinaryIO, offset: int) -> bool:
-    """Whether a block of zeros stands where tarfile stopped; it also stops silently at a torn or foreign header."""
-    file.seek(offset)
-    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-
-
 def scan(path: Path) -> Shard:
-    """Read a whole tar, decoding every image."""
+    """Read a whole tar, decoding every image. An error of the machine is raised with the tar's name."""
+    try:
+        return _scan(path)
+    except MemoryError:
+        raise WorkFailed(f"{path}: not enough memory to read it: give fewer --workers") from None
+    except OSError as error:
+        raise WorkFailed(f"{path} cannot be read ({error}): copy it again, or look after its disk") from None
+    except Exception as error:
+        error.add_note(f"while {path} was read")
+        raise
+
+
+def _scan(path: Path) -> Shard:
     rows: list[dict[str, Any]] = []
     unusable: list[tuple[str, str]] = []
     lost: list[Known] = []
-    seen: set[str] = set()
+    keys = Keys()
     with path.open("rb") as file:
-        for group in groups(path):
-            known = known_by(file, group)
-            try:
-                if group.key in seen:
-                    raise Unusable("duplicate key")
-                sums = {name: bytes.fromhex(getattr(known, name)) or None for name in ("sha256", "original")}
-                rows.append({**row_of(file, group), **sums})
-                seen.add(group.key)
-            except Unusable as reason:
-                unusable.append((group.key, str(reason)))
+        for group in groups(file):
+            known = known_by(group)
+            found = keys.judge(group, _row(group))
+            if isinstance(found, Exception):
+                unusable.append((group.key, str(found)))
                 lost.append(known)
+            else:
+                rows.append({**found, **{name: bytes.fromhex(getattr(known, name)) or None for name in ("sha256", "original")}})
     table = pa.Table.from_pylist(rows, schema=SCANNED).sort_by("key")
     return Shard(table, unusable, lost, path.stat().st_size, sha256_of(path))
 
 
-def known_by(file: BinaryIO, group: Group) -> Known:
+def _row(group: Group) -> dict[str, Any] | Unusable:
+    try:
+        return row_of(group)
+    except Unusable as reason:
+        return reason
+
+
+def known_by(group: Group) -> Known:
     """What a takedown may name this sample by, usable or not."""
-    suffix, told = _image_suffix(group), _told(file, group)
-    image = _bytes(file, group, suffix) if suffix else b""
+    image, told = image_of(group), _told(group)[0]
     original = told.get("sha256")
     original = original.lower() if isinstance(original, str) and _SHA256.fullmatch(original) else ""
     return Known(group.key, _sample_id(told, image), hashlib.sha256(image).hexdigest() if image else "", original)
+
+
+def image_of(group: Group) -> bytes:
+    """The bytes of its image; none where it has none."""
+    return group.data.get(_image_suffix(group) or "", b"")
 
 
 def _image_suffix(group: Group) -> str | None:
     return next((suffix for suffix in IMAGE_SUFFIXES if suffix in group.members), None)
 
 
-def row_of(file: BinaryIO, group: Group) -> dict[str, Any]:
+def row_of(group: Group) -> dict[str, Any]:
     """One row of the index. Raises Unusable."""
-    if group.broken:
-        raise Unusable(group.broken)
+    if group.flaw:
+        raise Unusable(group.flaw)
     if not is_utf8(group.key):
         raise Unusable("key is not UTF-8")
     if (suffix := _image_suffix(group)) is None:
-        raise Unusable("no image")
-    image = _bytes(file, group, suffix)
+        raise Unusable(f"no image: {has(group)}")
+    image = group.data[suffix]
     try:
         facts = inspect(image)
     except Undecodable as error:
         raise Unusable(why_undecodable(error)) from None
-    told = _told(file, group)
+    told, wrong = _told(group)
     offset, size = group.members[suffix]
     return {"key": group.key, "offset": offset, "size": size, "width": facts.width, "height": facts.height,
-            "plain": facts.plain, "captions": _captions(file, group, told), "sample_id": _sample_id(told, image),
+            "plain": facts.plain, "captions": _captions(group, told, wrong), "sample_id": _sample_id(told, image),
             "source": _source(told)}
 
 
-def _bytes(file: BinaryIO, group: Group, suffix: str) -> bytes:
-    offset, size = group.members[suffix]
-    file.seek(offset)
-    return file.read(size)
-
-
-def _told(file: BinaryIO, group: Group) -> dict[str, Any]:
-    """What the sample's .json says; nothing where it is absent or unreadable, for the .txt may still do."""
-    if "json" not in group.members:
-        return {}
+def _told(group: Group) -> tuple[dict[str, Any], str]:
+    """What the sample's .json says; or nothing and what is wrong with it, for the .txt may still do."""
+    if (data := group.data.get("json")) is None:
+        return {}, ""
     try:
-        told = json.loads(_bytes(file, group, "json"))
+        told = json.loads(data)
+    except UnicodeDecodeError:
+        return {}, "json is not UTF-8"
     except (ValueError, RecursionError):
-        return {}
-    return told if isinstance(told, dict) else {}
+        return {}, "json is damaged"
+    return (told, "") if isinstance(told, dict) else ({}, "json is no object {…}")
 
 
-def _captions(file: BinaryIO, group: Group, told: dict[str, Any]) -> list[str]:
+def _captions(group: Group, told: dict[str, Any], wrong: str) -> list[str]:
     """The json's `captions`, else its `caption`, else the .txt; each text once. Raises Unusable."""
     listed = told.get("captions")
     candidates = [listed if isinstance(listed, list) else [], [told.get("caption")]]
-    if "txt" in group.members:
-        candidates.append([_bytes(file, group, "txt").decode("utf-8", "surrogateescape")])
+    if "txt" in group.data:
+        candidates.append([group.data["txt"].decode("utf-8", "surrogateescape")])
     for candidate in candidates:
         texts = [text.strip() for text in candidate if isinstance(text, str) and text.strip()]
         if texts and not all(map(is_utf8, texts)):
             raise Unusable("caption is not UTF-8")
         if texts:
             return list(dict.fromkeys(texts))
-    raise Unusable("no caption")
+    raise Unusable(f"no caption: {'; '.join(_without_caption(group, told, wrong))}")
+
+
+def _without_caption(group: Group, told: dict[str, Any], wrong: str) -> Iterator[str]:
+    """What there is instead of a caption."""
+    if wrong:
+        yield wrong
+    elif isinstance(told.get("captions"), str):
+        yield 'json has captions as one text; write a list, or call it "caption"'
+    elif "json" in group.data:
+        texts = sorted(key for key, value in told.items() if isinstance(value, str) and value.strip() and key != "url")
+        yield f"json has {', '.join(map(shown, texts[:4])) or 'no text'}; a caption is called captions or caption"
+    if "txt" in group.data:
+        yield "txt is blank"
+    if not {"txt", "json"} & set(group.data):
+        yield f"has {', '.join(map(shown, sorted(group.members)[:4]))}; write KEY.txt, or KEY.json with captions"
 
 
 def is_utf8(text: str) -> bool:
@@ -244,11 +224,7 @@ def blank(path: Path, keys: Collection[str]) -> None:
 
 def _spans(file: BinaryIO, keys: Collection[str]) -> Iterator[tuple[int, int]]:
     """(start, stop) of each member of these samples, from its first header on."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                found = _KEY_AND_SUFFIX.match(member.name)
-                if found and found[1] in keys:
-                    yield member.offset, tar.offset
-    except (tarfile.TarError, ValueError, OverflowError):
-        pass  # as in `groups`: nothing behind this can be read
+    with suppress(Torn):  # as in `groups`: nothing behind this can be read
+        for member in Tar(file):
+            if (found := key_and_suffix(member.name)) and found[0] in keys:
+                yield member.start, member.stop
