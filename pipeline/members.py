@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import IO
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER = 2**20  # bytes of an extended header; real ones hold a name and a few attributes
@@ -54,7 +54,7 @@ class Tar:
     inside: whether the last member's bytes were being read when Torn came.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]):
         self._file, self._at, self._globals = file, 0, {}
         self.inside = False
 
