@@ -73,7 +73,7 @@ def _write_groups(index: Index, group: np.ndarray) -> None:
             yield batch.set_column(INDEX.get_field_index("group"), INDEX.field("group"), column)
 
     with replacing(index.folder / INDEX_NAME) as temporary:
-        arrows.write(temporary, INDEX, batches())
+        arrows.write(temporary, index.file.schema, batches())
 
 
 def overlap(index: Index, evalsets: list[EvalSet], out: Path, distance: int = DISTANCE,

@@ -17,7 +17,7 @@ from pipeline.seals import UNREADABLE, open_json
 INDEX_NAME, MANIFEST_NAME = "index.arrow", "manifest.json"
 PREVIOUS_NAME = ".manifest.json"  # the manifest of the index before, while the new one has none
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "width": np.int32, "height": np.int32,
-            "plain": np.bool_, "sample_id": np.int64, "group": np.int64, "source": np.int16}
+            "plain": np.bool_, "sample_id": np.int64, "group": np.int64, "source": np.int16, "image_sum": np.int64}
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -38,9 +38,12 @@ class _Batch:
 
     def __init__(self, file: ArrowFile, number: int):
         self._file, self._batch = file, file.peek(number) if file.sealed else file.batch(number)
-        for name in _COLUMNS:
+        has = [name for name in _COLUMNS if name in self._batch.schema.names]
+        for name in has:
             file.check_buffers(self._batch.column(INDEX.get_field_index(name)))
-        self.numbers = {name: _numbers(self._batch, name, dtype) for name, dtype in _COLUMNS.items() if name != "plain"}
+        unknown = np.broadcast_to(np.int64(0), self._batch.num_rows)  # of a column that older versions did not write
+        self.numbers = {name: _numbers(self._batch, name, dtype) if name in has else unknown
+                        for name, dtype in _COLUMNS.items() if name != "plain"}
         self.plain = np.frombuffer(_buffers(self._batch, "plain")[1], np.uint8)  # bits, lowest first
 
     def _text_buffers(self, name: str) -> list:
@@ -149,7 +152,7 @@ class Index:
         return self._batch(row // INDEX_BATCH_ROWS), row % INDEX_BATCH_ROWS
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """shard (code into `shards`), offset, size, width, height, plain, sample_id, group and source (code) → (n,) each."""
+        """schema.INDEX without its texts, for each row (n,); `shard` is a code into `shards`, `source` into the sources."""
         rows = np.asarray(rows, np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows {rows.min()} … {rows.max()} of an index of {len(self)} rows")

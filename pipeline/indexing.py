@@ -28,6 +28,7 @@ from pipeline.survival import FORGOTTEN
 from pipeline.tars import ROWS, is_utf8
 
 QUARANTINE_NAME = "quarantine.jsonl"
+NOT_THE_SAMPLES = ("group", "image_sum")  # columns that the fingerprint leaves out: older indexes had other ones, or none
 _MAX_SOURCES = 32_767  # codes are int16; a `source` that differs more often than that names no source
 
 
@@ -154,7 +155,7 @@ def _batches(tables: Iterable[pa.Table], names: list[str], sources: list[str]) -
 
 
 def _streams(batch: pa.RecordBatch) -> Iterator[tuple[str, Any]]:
-    """Every column but `group` as named streams of bytes that do not depend on where batches are cut."""
+    """Every column but those of NOT_THE_SAMPLES as named streams of bytes that do not depend on where batches are cut."""
     for name in INDEX.names:
         column = batch.column(name)
         if isinstance(column, pa.DictionaryArray):
@@ -165,7 +166,7 @@ def _streams(batch: pa.RecordBatch) -> Iterator[tuple[str, Any]]:
         if pa.types.is_string(column.type):
             yield f"{name} lengths", pc.binary_length(column).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
             yield name, "".join(column.to_pylist()).encode()
-        elif name != "group":
+        elif name not in NOT_THE_SAMPLES:
             yield name, np.ascontiguousarray(column.to_numpy(zero_copy_only=False))
 
 

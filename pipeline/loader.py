@@ -22,12 +22,13 @@ from pipeline.prefetch import delivered
 from pipeline.reader import Place, ReadAhead
 from pipeline.recipe import Cursor, Recipe, make_executor
 from pipeline.sampling import draw_captions, sample_vectors
-from pipeline.schema import Batch
+from pipeline.schema import Batch, sample_id_of
 from pipeline.skips import Forgotten, present
 from pipeline.text import Alike, cleaned
 from pipeline.wording import Draw, tokens_of
 
 READ_AHEAD_BATCHES = 2
+CHANGED = "its bytes are not those that were indexed: see `uniclip-data verify`"
 
 
 def slice_of(rank: int, world: int, batch: int) -> slice:
@@ -103,10 +104,13 @@ class Loader:
         self._ahead = ReadAhead()
         self._forgotten = Forgotten.beside(index.folder, index.shards).id_array
 
-    def _read(self, gone: bool, shard: int, offset: int, size: int, plain: bool) -> bytes:
+    def _read(self, gone: bool, shard: int, offset: int, size: int, plain: bool, image_sum: int) -> bytes:
         if gone:
             raise Undecodable(FORGOTTEN)
-        return fit(self._shards.read(shard, offset, size), plain)
+        data = self._shards.read(shard, offset, size)
+        if image_sum and sample_id_of(data) != image_sum:
+            raise Undecodable(CHANGED)
+        return fit(data, plain)
 
     def _draw(self, position: int) -> _Drawn:
         """Captions and group ids are drawn for the whole global batch, vectors for this rank's slice."""
@@ -123,8 +127,8 @@ class Loader:
         vectors = sample_vectors(seed, epochs[self._mine], repeats[self._mine], mine["sample_id"], sizes,
                                  self.recipe.kinds)
         self._shards.expect(self._order.window_shards(position))
-        wanted = zip(gone[self._mine].tolist(), *(mine[name].tolist() for name in ("shard", "offset", "size", "plain")),
-                     strict=True)
+        named = ("shard", "offset", "size", "plain", "image_sum")
+        wanted = zip(gone[self._mine].tolist(), *(mine[name].tolist() for name in named), strict=True)
         reads = self._ahead.ask([partial(self._read, *member) for member in wanted])
         return _Drawn(position, rows[self._mine], mine, vectors, captions[self._mine],
                       Draw(seed, epochs[self._mine], repeats[self._mine], mine["sample_id"]), groups[self._mine], reads)

@@ -81,6 +81,8 @@ class Part:
     def rows(self) -> pa.Table:
         table = rows_between(self.index, *self.index.shard_starts[self.number:self.number + 2])
         table = table.set_column(table.schema.get_field_index("source"), "source", table["source"].cast(pa.string()))
+        if "image_sum" not in table.column_names:  # of an older version
+            table = table.append_column("image_sum", pa.array(np.zeros(table.num_rows, np.int64)))
         return table.select(ROWS.names).cast(ROWS).filter(pa.array(self._kept))
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline import arrows
 from pipeline.arrows import ArrowFile
-from pipeline.console import err
+from pipeline.console import InputError, err
 from pipeline.files import replacing
 from pipeline.processes import in_processes
 from pipeline.progress import Meter
@@ -45,7 +45,10 @@ class Scanned:
 
     def rows(self) -> pa.Table:
         """Schema ROWS."""
-        table = _read(self.path).select(ROWS.names)
+        scan = _read(self.path)
+        digests = np.frombuffer(b"".join(scan["sha256"].to_pylist()), ">u8")[::4]  # of 32 bytes the first 8
+        at = scan.schema.get_field_index("image_sum")
+        table = scan.set_column(at, SCANNED.field(at), pa.array((digests >> 1).astype(np.int64))).select(ROWS.names)
         return table.filter(pa.array(~self.gone)) if self.gone.any() else table
 
     def taken(self) -> list[Known]:
@@ -112,7 +115,8 @@ def scanned(folder: Path, names: list[str], workers: int | None, forgotten: Forg
     with Meter("indexing tars", len(names), len(found)) as meter:
         for name in _fresh(folder, [name for name in names if name not in found], workers):
             shard = _load(folder, name, forgotten)
-            assert shard is not None, f"{name} changes while it is read"
+            if shard is None:
+                raise InputError(f"{folder / name} changes while it is read: wait until it is written, then index again")
             found[name] = shard
             samples += len(shard.sample_id)
             meter.at(len(found), f"{samples:,} samples")

@@ -61,7 +61,8 @@ INDEX = pa.schema(
      ("captions", pa.list_(pa.string())),
      ("sample_id", pa.int64()),
      ("group", pa.int64()),                               # duplicate group, −1 = alone
-     ("source", pa.dictionary(pa.int16(), pa.string()))],
+     ("source", pa.dictionary(pa.int16(), pa.string())),
+     ("image_sum", pa.int64())],                          # first 63 bits of sha256 of the image's bytes; 0 = not known
     metadata={"uniclip.schema": f"index/{SCHEMA_VERSION}"},
 )
 INDEX_BATCH_ROWS = 65_536

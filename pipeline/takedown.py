@@ -187,7 +187,8 @@ def _scrub(index: Index, sums: dict[Path, str]) -> None:
     gone = pa.array(np.delete(index.columns(np.arange(len(index)))["sample_id"], present(index)))
     if len(gone):
         with replacing(index.folder / INDEX_NAME) as temporary:
-            arrows.write(temporary, INDEX, (_scrubbed(index.batch(number), gone) for number in range(index.file.batches)))
+            batches = (_scrubbed(index.batch(number), gone) for number in range(index.file.batches))
+            arrows.write(temporary, index.file.schema, batches)
     shards = [{**shard, "sha256": sums.get((index.folder / shard["name"]).resolve(), shard["sha256"])}
               for shard in index.manifest["shards"]]
     write_sealed_json(index.folder / MANIFEST_NAME, {**index.manifest, "shards": shards})

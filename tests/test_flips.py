@@ -28,6 +28,10 @@ from pipeline.duplicates import duplicates
 from pipeline.evalsets import open_evalset, write_evalset
 from pipeline.index import Index
 from pipeline.indexing import build
+from pipeline.ledger import Ledger
+from pipeline.loader import Loader
+from pipeline.recipe import Cursor, Recipe
+from pipeline.sampling import WEAK
 from pipeline.scans import scan_path
 from pipeline.skips import Forgotten
 from pipeline.sources import write_urls
@@ -177,6 +181,20 @@ def test_twenty_flipped_bits_are_named_and_change_no_result(kinds: dict[str, Kin
     assert drill(kinds[name], 20, 2) == {"as written" if name in MADE_AGAIN else "refused": 20}
 
 
+def test_training_takes_no_picture_that_has_changed(scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes / "train", tmp_path / "set")
+    index = Index.open(tmp_path / "set")
+    at = {name: int(column[0]) for name, column in index.columns(np.array([70])).items()}
+    data = bytearray((tar := tmp_path / "set" / index.shards[at["shard"]]).read_bytes())
+    data[at["offset"] + at["size"] * 3 // 4] ^= 1  # it can be decoded all the same
+    tar.write_bytes(data)
+    stream = Loader(index, lambda texts: np.zeros((len(texts), 4), np.int64), Recipe((WEAK,), 32, "pillow", 1),
+                    Cursor(5, 0, index.fingerprint, ""), len(index), ledger=Ledger(tmp_path / "bad.jsonl", budget=1.0))
+    (batch, _), line = next(iter(stream)), (tmp_path / "bad.jsonl").read_text()
+    assert batch.sample_id[~batch.valid].tolist() == [at["sample_id"]]
+    assert index.key(70) in line and "its bytes are not those that were indexed" in line
+
+
 def test_an_index_of_an_older_version_opens_and_verify_says_how_it_gets_checksums(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "tests/written_before", tmp_path / "set")
     index = Index.open(tmp_path / "set")
@@ -187,7 +205,8 @@ def test_an_index_of_an_older_version_opens_and_verify_says_how_it_gets_checksum
     assert done.returncode == 0 and "`uniclip-data index` gives them one" in done.stdout, done.stderr
     command("uniclip-data", "index", tmp_path / "set")
     again = Index.open(tmp_path / "set")
-    assert again.file.sealed and again.columns(np.arange(6))["group"].max() > 0
+    assert again.file.sealed and again.fingerprint == index.fingerprint
+    assert again.columns(np.arange(6))["image_sum"].all() and again.columns(np.arange(6))["group"].max() > 0
     assert "`uniclip-data index`" not in command("uniclip-data", "verify", tmp_path / "set").stdout
 
 

@@ -54,7 +54,8 @@ def _batch(rows: np.ndarray, shards: pa.Array, sources: pa.Array, random: np.ran
         "height": pa.array(np.full(count, 256, np.int32)), "plain": pa.array(np.ones(count, bool)),
         "captions": pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32)), pa.array(texts)),
         "sample_id": pa.array(random.integers(0, 2**63 - 1, count)), "group": pa.array(np.full(count, -1)),
-        "source": pa.DictionaryArray.from_arrays(pa.array((rows % 3).astype(np.int16)), sources)}
+        "source": pa.DictionaryArray.from_arrays(pa.array((rows % 3).astype(np.int16)), sources),
+        "image_sum": pa.array(random.integers(1, 2**63 - 1, count))}
     return pa.record_batch([columns[name] for name in INDEX.names], schema=INDEX)
 
 
