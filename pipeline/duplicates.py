@@ -12,7 +12,7 @@ from pipeline.console import WorkFailed
 from pipeline.evalsets import EvalSet
 from pipeline.files import alone, replacing
 from pipeline.groups import chained, named
-from pipeline.hashes import evalset_hashes, index_hashes, near_pairs
+from pipeline.hashes import OTHER_LOOKS, evalset_hashes, index_hashes, near_pairs
 from pipeline.index import INDEX_NAME, MANIFEST_NAME, Index
 from pipeline.schema import INDEX, INDEX_BATCH_ROWS
 from pipeline.seals import write_sealed_json
@@ -56,12 +56,20 @@ def duplicates(index: Index, distance: int = DISTANCE, workers: int | None = Non
 
 
 def _near(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """Pairs (2, E) of rows that look alike."""
+    """Pairs (2, E) of rows that look alike: as they are, or one of them mirrored, cropped or in a frame."""
     rows = np.flatnonzero(hashes["telling"])
     looks, first = np.unique(hashes["look"][rows], return_index=True)
-    pairs = [np.stack(pair) for pair in near_pairs(looks, distance)] if distance else []
-    between = np.concatenate([np.empty((2, 0), np.int64), *pairs], axis=1)
-    return np.concatenate([rows[chained(hashes["look"][rows])], rows[first[between]]], axis=1)
+    edges = [chained(hashes["look"][rows])]
+    if distance:
+        edges += [first[np.stack(pair)] for pair in near_pairs(looks, distance)]
+    for kind in OTHER_LOOKS:
+        words, holder, word = np.unique(hashes[kind][rows], return_index=True, return_inverse=True)
+        pairs = [np.empty((2, 0), np.int64), *(np.stack(pair) for pair in near_pairs(looks, distance, words))]
+        i, j = np.concatenate(pairs, axis=1)
+        like = np.flatnonzero(np.isin(word, j))
+        edges += [np.stack([first[i], holder[j]]), np.stack([like, holder[word[like]]])]
+    found = rows[np.concatenate(edges, axis=1)]
+    return found[:, found[0] != found[1]]  # a row is like its own middle
 
 
 def _write_groups(index: Index, group: np.ndarray) -> None:
@@ -100,24 +108,23 @@ def _match(ours: np.ndarray, theirs: np.ndarray, kind: str, distance: int) -> di
     mine, other = np.arange(len(ours)), np.arange(len(theirs))
     if kind == "look":
         mine, other = np.flatnonzero(ours["telling"]), np.flatnonzero(theirs["telling"])
-    values, first = np.unique(theirs[kind][other], return_index=True)
-    if not len(values):
-        return {}
-    at = np.minimum(np.searchsorted(values, ours[kind][mine]), len(values) - 1)
-    hit = values[at] == ours[kind][mine]
-    found = dict(zip(mine[hit].tolist(), other[first[at[hit]]].tolist(), strict=True))
-    return found | _match_near(ours, theirs, mine, other, distance) if kind == "look" and distance else found
+        kinds = [("look", "look"), *(pair for name in OTHER_LOOKS for pair in (("look", name), (name, "look")))]
+    else:
+        kinds, distance = [(kind, kind)], 0
+    found: dict[int, int] = {}
+    for one, two in reversed(kinds):  # the whole picture's word goes before its middle's
+        at = _like(ours[one][mine], theirs[two][other], distance)
+        found |= zip(mine[at >= 0].tolist(), other[at[at >= 0]].tolist(), strict=True)
+    return found
 
 
-def _match_near(ours: np.ndarray, theirs: np.ndarray, mine: np.ndarray, other: np.ndarray,
-                distance: int) -> dict[int, int]:
-    looks, code = np.unique(np.concatenate([theirs["look"][other], ours["look"][mine]]), return_inverse=True)
-    their_row = np.full(len(looks), -1)
-    their_row[code[:len(other)]] = other
-    like = np.full(len(looks), -1)  # a row of theirs that looks like this word
-    for i, j in near_pairs(looks, distance):
-        for one, two in ((i, j), (j, i)):
-            known = their_row[two] >= 0
-            like[one[known]] = their_row[two[known]]
-    rows = like[code[len(other):]]
-    return dict(zip(mine[rows >= 0].tolist(), rows[rows >= 0].tolist(), strict=True))
+def _like(ours: np.ndarray, theirs: np.ndarray, distance: int) -> np.ndarray:
+    """For each word of ours the place of one of theirs that is near it, an equal one where there is one; else −1."""
+    words, word = np.unique(ours, return_inverse=True)
+    values, first = np.unique(theirs, return_index=True)
+    like = np.full(len(words), -1)
+    for i, j in near_pairs(values, distance, words) if distance else ():
+        like[j] = first[i]
+    _, i, j = np.intersect1d(values, words, assume_unique=True, return_indices=True)
+    like[j] = first[i]
+    return like[word]
