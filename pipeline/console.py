@@ -1,8 +1,11 @@
 """What every command shares: errors with an exit code, progress for people and for log files."""
 
+import errno
 import io
+import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -28,6 +31,12 @@ class Screen(Console):
     def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(visible(text), **how)
 
+    def on_broken_pipe(self) -> None:
+        """Who read our lines has left, as `head` does: the work goes on unheard. Rich would end the program here."""
+        self.quiet = True
+        with open(os.devnull, "w") as void:  # noqa: PTH123
+            os.dup2(void.fileno(), self.file.fileno())  # else what is still buffered fails once more as Python ends
+
 
 out = Screen(highlight=False, soft_wrap=True)
 err = Screen(stderr=True, highlight=False, soft_wrap=True)
@@ -41,11 +50,31 @@ class WorkFailed(RuntimeError):
     """The input was right but the work could not be finished. The command exits 1."""
 
 
+_FULL = "the disk is full: free some space there (`df -h` shows it)"
+_FILES = "too many open files: allow more (`ulimit -n 4096`), or use fewer --threads"
+_MEMORY = "out of memory: use fewer --processes or --threads"
+_CURES = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL.replace("disk", "quota"), errno.EMFILE: _FILES, errno.ENFILE: _FILES,
+          errno.ENOMEM: _MEMORY, errno.ENOBUFS: _MEMORY}
+
+
+def what_failed(error: Exception, place: str = "", cure: str = "") -> str:
+    """One line on trouble of this machine: the place, what happened, the cure. place, cure: where the error has none itself."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    where = getattr(error, "filename", None) or place
+    if number in _CURES:
+        told = f"{_CURES[number]}, then run the same command again"
+    else:
+        told = ": ".join(filter(None, [str(error) or type(error).__name__, cure]))
+    return f"{where}: {told}" if where and (number in _CURES or where not in told) else told
+
+
 def run(app: typer.Typer) -> None:
     """Run a Typer app; our two errors and wrong usage become one clear line and an exit code, not a traceback or a box."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that an old locale has not is spelt out: → is \u2192
             stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background of a shell it is ignored
+        signal.signal(signal.SIGINT, _first_interrupt)
     try:
         code = app(standalone_mode=False)
     except (InputError, WorkFailed) as error:
@@ -57,11 +86,22 @@ def run(app: typer.Typer) -> None:
         _fail(f"{told[0].lower()}{told[1:]}: see {error.ctx.command_path} --help", WRONG_INPUT)
     except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _fail(f"{f'{error.filename}: {error.strerror}' if error.filename else error}: give another path", WRONG_INPUT)
-    except OSError as error:  # a full disk: the system's own words name the place
-        _fail(str(error), WORK_FAILED)
+    except OSError as error:
+        _fail(what_failed(error), WORK_FAILED)
     if code == INTERRUPTED:  # Typer turns Ctrl-C into it without a word
         err.print("stopped by Ctrl-C; what is finished is kept (see --help on how to go on)", style="red")
     sys.exit(code)
+
+
+def _first_interrupt(*_: object) -> NoReturn:
+    """End in order; who presses Ctrl-C again does not want to wait for that, nor to see where it was."""
+    signal.signal(signal.SIGINT, _second_interrupt)
+    raise KeyboardInterrupt
+
+
+def _second_interrupt(*_: object) -> NoReturn:
+    os.write(2, b"\x1b[?25h\nstopped at once\n" if err.is_terminal else b"stopped at once\n")  # a bar hides the cursor
+    os._exit(INTERRUPTED)
 
 
 def _fail(told: str, code: int) -> NoReturn:

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import parquet
-from pipeline.console import InputError, WorkFailed, existing
+from pipeline.console import InputError, WorkFailed, existing, what_failed
 from pipeline.distributors import DISTRIBUTORS, distributor
 from pipeline.fetch import USER_AGENT, Policy, networks
 from pipeline.files import sha256_of
+from pipeline.processes import allow_files
 from pipeline.progress import Meter
 from pipeline.schema import URLS
 from pipeline.seals import UNREADABLE
@@ -185,6 +186,7 @@ def _run(table: pq.ParquetFile, out: Store, options: Options, done: set[int]) ->
 
 def _check(options: Options, out: Path | str) -> None:
     distributor(options.distributor)
+    allow_files(options.threads)
     if options.format not in FORMATS:
         raise InputError(f"--format {options.format!r} is none of {', '.join(FORMATS)}")
     if not (options.user_agent.isascii() and options.user_agent.isprintable()):
@@ -216,7 +218,7 @@ def download(urls: Path, out: Path | str, options: Options, command: str = "", m
                   {"name": urls.name, "rows": table.metadata.num_rows})
             return _complete(table, urls, store, options, command, may_be_empty)
         except OSError as error:
-            raise WorkFailed(f"{out}: {error}: run the same command again to go on") from error
+            raise WorkFailed(what_failed(error, str(out), "run the same command again to go on")) from error
 
 
 def _complete(table: pq.ParquetFile, urls: Path, out: Store, options: Options, command: str, may_be_empty: bool) -> Report:

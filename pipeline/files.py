@@ -25,6 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing into an open file, the system does not name it
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

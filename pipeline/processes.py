@@ -1,6 +1,7 @@
 """A function over many tasks in spawned processes, a few tasks ahead, without orphans and without hanging."""
 
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,15 +12,28 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.console import WorkFailed
+from pipeline.console import InputError, WorkFailed
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+_FILES_OF_A_PROCESS = 24  # that a worker has open; each of its threads opens one more
 
 
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def allow_files(threads: int) -> None:
+    """Let this process and its children open as many files as they need. Raises InputError where the system does not."""
+    wanted = _FILES_OF_A_PROCESS + threads
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise InputError(f"{hard} open files are allowed here (`ulimit -Hn`), {threads} threads need {wanted}: allow more, "
+                         "or use fewer --threads")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task],

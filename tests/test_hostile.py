@@ -12,7 +12,7 @@ from test_download import samples, url_table
 from webserver import serving
 
 URLS = 2_000
-PEAK = 1_150  # MiB a worker may take: 710 for what img2dataset imports (torch, by way of webdataset), the rest for bodies
+PEAK = 620  # MiB a worker may take: 190 for what img2dataset imports, the rest for bodies
 
 
 @pytest.fixture(scope="module")
