@@ -52,6 +52,8 @@ class _Refused(Exception):
 
 def _texts(value: Any, what: str) -> list[str]:
     """The different texts of one cell, which in JSON and Parquet may be a list. Raises _Refused for anything but text."""
+    if isinstance(value, str):
+        return [text] if (text := value.strip()) else []
     values = [one for one in (value if isinstance(value, list) else [value]) if one is not None and one == one]  # NaN is not
     if any(isinstance(one, bool) or not isinstance(one, str | bytes | int | float) for one in values):
         raise _Refused(f"{what} is no text")

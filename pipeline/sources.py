@@ -68,6 +68,7 @@ def _chunks(table: Table, select: Selector, choice: Choice, refuse: Callable[[in
             tally: Tally) -> Iterator[pa.Table]:
     """Tables of schema.URLS, duplicates still in them. Raises InputError when the rows are not as many as expected."""
     columns: tuple[list, ...] = ([], [], [])
+    held = 0  # characters
     with Meter("reading", table.total) as meter:
         for line, cells in table.rows:
             tally.rows += 1
@@ -79,11 +80,12 @@ def _chunks(table: Table, select: Selector, choice: Choice, refuse: Callable[[in
             else:
                 for column, value in zip(columns, (*found, line if table.numbered else tally.rows), strict=True):
                     column.append(value)
+                held += sum(map(len, found[1]))
             if tally.rows % _CHUNK_ROWS == 0:
                 meter.at(table.position())
-            if len(columns[0]) == _CHUNK_ROWS:
+            if len(columns[0]) == _CHUNK_ROWS or held > _BUCKET_BYTES:
                 yield _as_table(columns, choice.source)
-                columns = ([], [], [])
+                columns, held = ([], [], []), 0
     if choice.expect and tally.rows not in choice.expect:
         raise InputError(f"{select.path} has {tally.rows:,} rows instead of {' or '.join(f'{n:,}' for n in choice.expect)}: "
                          "fetch it again, or say --expect with the number you mean (0: any)")
@@ -171,7 +173,7 @@ def write_table(path: Path, out: Path, choice: Choice, read: Callable[[Path, Exi
         log = stack.enter_context(temporary.open("w", encoding="utf-8"))
         table = read(path, stack)
         if not any(table.names):
-            raise InputError(f"{path} {'names no column in its first line' if path.stat().st_size else 'is empty'}")
+            raise InputError(f"{path} {'names no column' if path.stat().st_size else 'is empty'}")
         if re.search("[\0\ud800-\udfff]", "".join(table.names)):  # undecodable bytes are read as surrogates
             raise InputError(f"{path} is not UTF-8, perhaps UTF-16: save it as UTF-8")
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.console import InputError
 
-_BATCH_ROWS = 8_192
+_BATCH_ROWS = 1_024  # few, for a caption may have a million characters
 _LOOK_AT, _LOOK_AT_MOST = 100, 65_536  # lines of JSON, for the names of columns
 _CELL_CHARACTERS = 16 << 20  # of a quoted cell; a quote that is never closed must not fill the memory
 _PARQUET_SQUEEZE = 4
