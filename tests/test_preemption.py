@@ -153,7 +153,7 @@ def test_a_mirror_that_cannot_be_read_is_one_clear_line(tmp_path):
     torn.mkdir(parents=True)
     (torn / "latest").write_text("000000000096")  # and no such checkpoint
     for url in (f"ftp://127.0.0.1:{port}/run", f"file://{tmp_path}/torn"):
-        done = command("uniclip-train", "resume", url)
+        done = command("uniclip-train", "resume", url, "--folder", tmp_path / "here")
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert f"run.mirror {url} cannot be read (" in done.stderr and "check the URL" in done.stderr
     with pytest.raises(InputError, match=f"run.mirror file://{tmp_path}/torn cannot be read .FileNotFoundError"):
@@ -197,6 +197,7 @@ def test_a_mirror_that_is_away_for_a_while_does_not_end_the_run(scenes, tmp_path
 SLOW = """
 import sys, time
 from functools import partial
+from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 import trainer.train
@@ -218,7 +219,7 @@ class Slow(LocalFileSystem):
 fsspec.register_implementation("slow", Slow)
 trainer.train.process_group = partial(process_group, timeout_minutes=4 / 60)
 if sys.argv[1] == "resume":
-    trainer.train.resume(*sys.argv[2:])
+    trainer.train.resume(sys.argv[2], Path(sys.argv[3]))
 else:
     trainer.train.run(load_config("scenes-tiny", sys.argv[1:]))
 """
@@ -235,7 +236,7 @@ def test_no_rank_waits_for_a_mirror_that_takes_longer_than_a_collective_may(scen
         assert sorted(path.name for path in (place / "checkpoints").iterdir()) == ["000000000096", "latest"]
         checkpoint.read_state(checkpoint.find(place))
     shutil.rmtree(folder)
-    done = command(*TORCHRUN, "2", tmp_path / "slow.py", "resume", f"slow://{mirror}")
+    done = command(*TORCHRUN, "2", tmp_path / "slow.py", "resume", f"slow://{mirror}", folder)
     assert done.returncode == 0, done.stderr
     assert weights(folder) == weights(mirror)
 

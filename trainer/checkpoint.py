@@ -24,7 +24,7 @@ from pipeline.seals import open_json, write_sealed_json
 from pipeline.text import CaptionTokenizer
 from trainer.config import Config
 from trainer.config_file import as_changed, changed, load_config
-from trainer.mirror import superseded
+from trainer.mirror import named, superseded
 from trainer.model import UniCLIP
 
 WEIGHTS, AVERAGE, OPTIMIZER, TOKENIZER, CONFIG, STATE, LATEST = (
@@ -151,7 +151,9 @@ def retain(checkpoints: Path, keep: int, in_use: Collection[Path] = ()) -> None:
 def find(path: Path) -> Path:
     """A run folder or a checkpoint folder → the checkpoint's folder. Raises InputError."""
     pointer = path / "checkpoints" / LATEST
-    folder = path / "checkpoints" / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else path
+    folder = path
+    if pointer.is_file():
+        folder = pointer.parent / named(pointer.read_text(encoding="utf-8", errors="replace"), str(pointer))
     if not (folder / STATE).is_file():
         raise InputError(f"{folder} holds no checkpoint (no {STATE}): " + _others(path / "checkpoints"))
     return folder

@@ -37,7 +37,7 @@ def run(
 @app.command()
 def resume(
     place: Annotated[str, typer.Argument(metavar="RUN", help="The folder of the run, or the URL of its mirror.")],
-    folder: Annotated[Path | None, typer.Option(help="Where a mirror is fetched to; where the run was unless given.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where a mirror is fetched to: a new folder, or the run's own.")] = None,
     set_: Overrides = [],  # noqa: B006
 ) -> None:
     """Go on with a run from its latest complete checkpoint, exactly as if it had never stopped.
@@ -48,6 +48,8 @@ def resume(
     Example: `uniclip-train resume runs/scenes-tiny`
 
     Example: `uniclip-train resume runs/photos --set run.mirror=s3://bucket/photos --set run.save_every_minutes=5`
+
+    Example on another machine: `uniclip-train resume s3://bucket/photos --folder runs/photos`
     """
     from trainer.train import resume as resume_run
 

@@ -19,6 +19,7 @@ from trainer.config_file import changed
 from trainer.distributed import Ranks, pick_device, process_group
 from trainer.failures import Skips
 from trainer.flops import flops_by_length, peak_flops
+from trainer.lock import alone_in
 from trainer.log import LEDGER, Log
 from trainer.mirror import Mirror
 from trainer.objectives import Objective
@@ -32,22 +33,25 @@ from trainer.validation import Validation
 
 def run(config: Config) -> Path:
     """Start a run, alone or as one of the processes that torchrun started → its last checkpoint. Raises InputError."""
-    with Orders() as orders, process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
+    with (Orders() as orders, process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device),
+          alone_in(config.run.folder, ranks)):
         return train(config, start(config, device, ranks), orders)
 
 
 def resume(place: str, folder: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     """Go on with the run in a folder, on any number of processes → its last checkpoint.
 
-    place may be the URL of a run's mirror; it is fetched into `folder`, by default where the run was. overrides: what may
-    change. Raises InputError.
+    place may be the URL of a run's mirror, which is fetched into `folder`. overrides: what may change. Raises InputError.
     """
     mirror = Mirror(place) if "://" in place else None
     if folder and not mirror:
         raise InputError(f"--folder {folder} is where a mirror is fetched to, but {place} is no URL: leave it out")
+    if mirror and not folder:  # a stranger's configuration must not choose where files are written
+        raise InputError(f"resume {place} fetches the run: say where to with --folder DIR, its own folder or a new one")
     config = changed(mirror.config(), overrides) if mirror else checkpoint.load_config_of(Path(place), overrides)
-    path = folder or config.run.folder if mirror else Path(place)
-    with Orders() as orders, process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
+    path = folder or Path(place)
+    with (Orders() as orders, process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device),
+          alone_in(folder or config.run.folder, ranks)):
         if mirror:
             _fetch(mirror, path, ranks)
         return train(*restored(path, device, ranks, overrides), orders)
