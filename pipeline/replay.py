@@ -111,7 +111,7 @@ class PillowExecutor:
         views = [np.empty((batch, 3, self.size, self.size), np.float32) for _ in range(count)]
 
         def execute(b: int) -> None:
-            image = upright_rgb(encoded[b])
+            image = upright_rgb(encoded[b], checked=False)
             for v in range(count):
                 view(image, vector_BVA[b, v], self.size, views[v][b])
 

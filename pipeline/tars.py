@@ -59,6 +59,10 @@ def why_undecodable(error: Undecodable) -> str:
     text = str(error)
     if text.startswith("more than"):
         return "too many pixels"
+    if text.startswith("format not read"):
+        return text
+    if text.startswith("too costly"):
+        return "too costly to decode"
     return "not an image" if text in {"not an image", "empty"} else "broken image"
 
 

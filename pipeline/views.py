@@ -43,7 +43,7 @@ def _pipeline(size: int, views: int, device: str):
     vectors = fn.external_source(name="vectors", dtype=types.FLOAT, ndim=2)
     ids = fn.external_source(name="ids", dtype=types.INT64, ndim=0)
     image = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB,
-                              jpeg_fancy_upsampling=True)
+                              jpeg_fancy_upsampling=True, adjust_orientation=False)  # `images` decides which way is up
     done = [_view(image, vectors[v], size, device) for v in range(views)]
     if device == "gpu":
         return *done, vectors.gpu(), ids.gpu()

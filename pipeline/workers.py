@@ -15,13 +15,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pyarrow.parquet as pq
-from PIL import Image
 
 from pipeline.console import WorkFailed, what_failed
 from pipeline.download import COLUMNS, Options, Task
 from pipeline.fetch import Failure, fetch
 from pipeline.files import sha256_of
-from pipeline.images import Undecodable, inspect, plain_bytes
+from pipeline.images import Undecodable, header, inspect, plain_bytes
 from pipeline.processes import allow_files
 from pipeline.robots import Robots
 from pipeline.seals import write_sealed_json
@@ -69,8 +68,8 @@ def _is_one_of(data: bytes, sums: frozenset[str]) -> bool:
 def _shorter_side(data: bytes) -> int:
     """In pixels, from the header alone; 0 where there is none to read."""
     try:
-        return min(Image.open(io.BytesIO(data)).size)
-    except Exception:  # whatever is wrong with it, the full decode that follows names it
+        return min(header(data))
+    except Undecodable:  # the full decode that follows names it
         return 0
 
 
