@@ -17,7 +17,7 @@ BLOCK = 1 << 18
 _MARK = b"uniclip-checksums:"
 _FLAG = b"uniclip.checksums"  # of the schema: such a file without the line is damaged
 _TAIL = 10  # bytes of the footer's length and the magic
-_LINE_WITHIN = 1 << 24  # of the file's end
+_LINE_WITHIN = 1 << 24  # of the footer, which is long where a scan names many unusable samples
 
 
 def write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
@@ -70,7 +70,8 @@ class ArrowFile:
 
     def _seal(self) -> dict | None:
         """What the line says, its place added as `end`; None where there is none."""
-        tail = bytes(self._data[-_LINE_WITHIN:])
+        footer_bytes = len(self._data) - _footer_at(self._data)
+        tail = bytes(self._data[-_LINE_WITHIN - footer_bytes:])
         at = tail.rfind(_MARK)
         if at < 0:
             return None

@@ -21,6 +21,7 @@ from pipeline.images import Undecodable, inspect
 from pipeline.members import Tar, Torn, shown
 from pipeline.samples import BLANK, IMAGE_SUFFIXES, Group, Keys, Unusable, groups, has, key_and_suffix
 from pipeline.schema import INDEX, sample_id_of
+from pipeline.text import CAPTION_CHARACTERS, says_nothing
 
 # The index's columns as one shard knows them; names become dictionary codes when the shards are put together.
 ROWS = pa.schema([INDEX.field(name).with_type(pa.string()) if name == "source" else INDEX.field(name)
@@ -90,7 +91,7 @@ def _scan(path: Path) -> Shard:
             found = keys.judge(group, _row(group))
             if isinstance(found, Exception):
                 unusable.append((group.key, str(found)))
-                lost.append(known)
+                lost += [known] if group.data else []  # without bytes, nothing can name it
             else:
                 rows.append({**found, **{name: bytes.fromhex(getattr(known, name)) or None for name in ("sha256", "original")}})
     table = pa.Table.from_pylist(rows, schema=SCANNED).sort_by("key")
@@ -159,13 +160,15 @@ def _captions(group: Group, told: dict[str, Any], wrong: str) -> list[str]:
     listed = told.get("captions")
     candidates = [listed if isinstance(listed, list) else [], [told.get("caption")]]
     if "txt" in group.data:
-        candidates.append([group.data["txt"].decode("utf-8", "surrogateescape")])
+        candidates.append([group.data["txt"].decode("utf-8-sig", "surrogateescape")])
     for candidate in candidates:
         texts = [text.strip() for text in candidate if isinstance(text, str) and text.strip()]
         if texts and not all(map(is_utf8, texts)):
             raise Unusable("caption is not UTF-8")
-        if texts:
-            return list(dict.fromkeys(texts))
+        if sum(map(len, texts)) > CAPTION_CHARACTERS:
+            raise Unusable(f"captions too long: more than {CAPTION_CHARACTERS:,} characters in all")
+        if texts := [text for text in dict.fromkeys(texts) if not says_nothing(text)]:
+            return texts
     raise Unusable(f"no caption: {'; '.join(_without_caption(group, told, wrong))}")
 
 
@@ -176,10 +179,11 @@ def _without_caption(group: Group, told: dict[str, Any], wrong: str) -> Iterator
     elif isinstance(told.get("captions"), str):
         yield 'json has captions as one text; write a list, or call it "caption"'
     elif "json" in group.data:
-        texts = sorted(key for key, value in told.items() if isinstance(value, str) and value.strip() and key != "url")
+        texts = sorted(key for key, value in told.items()
+                       if isinstance(value, str) and key != "url" and not says_nothing(value))
         yield f"json has {', '.join(map(shown, texts[:4])) or 'no text'}; a caption is called captions or caption"
     if "txt" in group.data:
-        yield "txt is blank"
+        yield "txt shows nothing"
     if not {"txt", "json"} & set(group.data):
         yield f"has {', '.join(map(shown, sorted(group.members)[:4]))}; write KEY.txt, or KEY.json with captions"
 

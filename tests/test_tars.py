@@ -118,6 +118,14 @@ def listing(path: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
     return found
 
 
+def is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def expected(path: Path) -> tuple[dict[str, tuple[bytes, str]], Counter[str]]:
     """Usable key → (image, caption), and how many lines each other name has."""
     usable: dict[str, tuple[bytes, str]] = {}
@@ -138,9 +146,9 @@ def expected(path: Path) -> tuple[dict[str, tuple[bytes, str]], Counter[str]]:
                     if suffix in {"jpg", "jpeg", "png", "webp", "txt"})
         image = next((parts[suffix][1] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in parts), b"<")
         text = parts["txt"][1] if "txt" in parts else b""
-        proper = whole and image.startswith(ALL) and text.startswith(b"text")
+        proper = whole and image.startswith(ALL) and text.strip(b"\0") and is_text(text)
         if proper and "\udcff" not in key and key not in usable:
-            usable[key] = image, text.decode()
+            usable[key] = image, text.decode().strip()
         else:
             lines[key] += 1
     return usable, lines
