@@ -224,8 +224,9 @@ def blank(path: Path, keys: Collection[str]) -> None:
                 member = tarfile.TarInfo(BLANK)
                 member.size = stop - start - tarfile.BLOCKSIZE
                 new.write(member.tobuf(tarfile.GNU_FORMAT))
-                new.write(bytes(min(stop, end) - start - tarfile.BLOCKSIZE))
                 at = min(stop, end)
+                while (left := at - new.tell()) > 0:  # in pieces: a header may tell of gigabytes
+                    new.write(bytes(min(left, 2**20)))
             new.write(view[at:])
         shutil.copymode(path, temporary)
 
