@@ -196,8 +196,10 @@ def check(path: Path, loader: StreamLoader) -> tuple[int, int]:
     assert streamed(path, loader) == (found, unusable)
     whole = [reason for _, reason in unusable if reason not in {"not an image", "caption is not UTF-8", "key is not UTF-8"}]
     assert evaluated(path) is None or not whole
-    if not unusable:
-        assert evaluated(path) == found
+    if not unusable:  # of several images of a sample CLIP_benchmark takes another
+        read = evaluated(path) or {}
+        assert {key: text for key, (_, text) in read.items()} == {key: text for key, (_, text) in found.items()}
+        assert all(image.startswith(ALL) for image, _ in read.values())
     return len(listing(path)), len(usable)
 
 
@@ -208,9 +210,9 @@ def names_by(program: str, path: Path) -> list[str]:
     return [line.rstrip("/") for line in done.stdout.decode("utf-8", "surrogateescape").split("\n")[:-1]]
 
 
-def drill(folder: Path, loader: StreamLoader, tars: int, seed: int) -> tuple[int, int]:
+def drill(folder: Path, loader: StreamLoader, tars: range, seed: int) -> tuple[int, int]:
     totals = np.zeros(2, int)
-    for number in range(tars):
+    for number in tars:
         rng, path = random.Random(f"{seed} {number}"), folder / f"{number}.tar"
         (by_gnu_tar if GNU_TAR and number % 5 == 0 else by_tarfile)(path, rng)
         try:
@@ -228,7 +230,7 @@ def drill(folder: Path, loader: StreamLoader, tars: int, seed: int) -> tuple[int
 
 
 def test_every_member_of_two_hundred_random_tars_is_accounted_for(tmp_path, loader):
-    members, samples = drill(tmp_path, loader, 200, 0)
+    members, samples = drill(tmp_path, loader, range(200), 0)
     assert members > 1500
     assert samples > 200
 
@@ -236,6 +238,6 @@ def test_every_member_of_two_hundred_random_tars_is_accounted_for(tmp_path, load
 @pytest.mark.slow
 def test_every_member_of_ten_thousand_random_tars_is_accounted_for(tmp_path, loader, capsys):
     began = time.monotonic()
-    members, samples = drill(tmp_path, loader, 10_000, 1)
+    members, samples = drill(tmp_path, loader, range(10_000), 1)
     with capsys.disabled():
         print(f"\n10,000 random tars: {members:,} members, {samples:,} samples, {time.monotonic() - began:.0f} s")
