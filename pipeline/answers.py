@@ -48,6 +48,12 @@ class Answer(http.client.HTTPResponse):
                 return found
         raise http.client.HTTPException(f"more than {_EARLY} early answers")
 
+    def _read_next_chunk_size(self) -> int:
+        size = super()._read_next_chunk_size()  # type: ignore[misc]
+        if size < 0:  # of −1 bytes http.client would read without end
+            raise ValueError(f"a chunk of {size} bytes")
+        return size
+
 
 def _put_right(lines: list[bytes]) -> Iterator[bytes]:
     """Header lines as RFC 9112, section 5, has a reader take them.

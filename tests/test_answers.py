@@ -48,6 +48,14 @@ def test_blanks_behind_chunked(site, name):
     assert fetch(says(site, b"HTTP/1.1 200 OK\r\n" + name, b"3\r\npic\r\n4;x=y\r\nture\r\n0\r\n\r\n"), HERE) == BODY
 
 
+@pytest.mark.parametrize("size", [b"-1", b"zz", b"", b"7fffffffff"])
+def test_a_chunk_of_no_sane_size_ends_the_body(site, size):
+    """http.client would read a chunk of −1 bytes to the end of the connection, however much there is."""
+    whole = b"3\r\npic\r\n" + size + b"\r\nture\r\n0\r\n\r\n"
+    found = failure(says(site, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n", whole))
+    assert (found.reason, found.passing) == ("connection broken", True)
+
+
 @pytest.mark.parametrize("location", ["/to.jpg ", "  /to.jpg\t", "/to.jpg#part", " //{host}/to.jpg ", "\r\n /to.jpg",
                                       "http://{host}/to.jpg "])
 @pytest.mark.parametrize("name", ["Location:", "location :"])
