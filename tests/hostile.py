@@ -70,6 +70,8 @@ def answers(site: Site, private: Site) -> dict[str, tuple[Answer, str]]:
         "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
         "zipped": ((200, {"Content-Encoding": "gzip"}, gzip.compress(jpeg)), STORED),
         "cut jpeg": (whole[:len(whole) // 2], "broken image"),
+        "cut jpeg, its end mark put back": (whole[:len(whole) // 2] + b"\xff\xd9", "broken image"),
+        "jpeg xl": (b"\xff\x0a" + bytes(99), "format not read (JPEG XL)"),
         "cut png": (encoded(picture(1), "PNG")[:-400], "broken image"),
         "bomb": (_bomb(), "too many pixels"), "announced": ((200, {"Content-Length": "10000000000"}, b""), "too large"),
         "endless": (_trickle(b"HTTP/1.0 200 OK\r\n\r\n", bytes(1 << 20), 0), "too large"),
