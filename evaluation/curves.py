@@ -8,11 +8,13 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from pipeline.console import InputError
 from pipeline.seals import read_lines
 
 INK = "#010203"  # stands for the page's text colour until the SVG is part of the page
 COLOURS = ("#3b82c4", "#d9822b", "#3a9d6e")
 DOMAIN_PAIRS = ("image–image", "image–text", "text–text")
+_NEEDED = {"samples", "loss", "temperature", "samples_per_second", "data_wait"}
 POINTS = 600  # a screen shows no more
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
@@ -27,8 +29,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises InputError for a damaged line.
     """
-    lines = read_lines(path, "remove the line: the curves will do without it")
-    return [metrics for metrics in lines if "loss" in metrics]  # the others are of evaluations
+    cure = "remove the line: the curves will do without it"
+    steps = {number: metrics for number, metrics in enumerate(read_lines(path, cure), 1) if "samples_per_second" in metrics
+             or "loss" in metrics}  # the others are of evaluations
+    for number, metrics in steps.items():
+        if missing := _NEEDED - metrics.keys():  # a line of an older version has no checksum
+            raise InputError(f"{path}, line {number} is damaged (it has no {min(missing)!r}): {cure}")
+    return [*steps.values()]
 
 
 def loss_curve(metrics: list[dict[str, Any]]) -> str:

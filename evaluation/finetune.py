@@ -7,6 +7,7 @@ a run stopped anywhere goes on as if it had not been. B batch, N images, C class
 
 import copy
 import hashlib
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from pipeline.evalsets import CLASSIFICATION, EvalSet, open_evalset, splits_of
 from pipeline.files import replacing
 from pipeline.images import upright_rgb
 from pipeline.schema import MEAN, STD
+from pipeline.seals import Damaged, with_trailer, without_trailer
 from trainer.batches import IMAGE_BATCH
 from trainer.metrics import ranks_in
 
@@ -200,15 +202,21 @@ def _set_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: float) -> 
 
 
 def _save(scratch: Path, model: VisionTransformer, optimizer: torch.optim.Optimizer, epochs: int) -> None:
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs}, file)
     with replacing(scratch / STATE) as temporary:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epochs}, temporary)
+        temporary.write_bytes(with_trailer(file.getvalue()))
 
 
 def _resumed(scratch: Path, model: VisionTransformer, optimizer: torch.optim.Optimizer) -> int:
     """Epochs already done; the folder's name says with which recipe, weights and data."""
     if not (scratch / STATE).exists():
         return 0
-    saved = torch.load(scratch / STATE, weights_only=True, map_location="cpu")
+    try:
+        file = io.BytesIO(without_trailer((scratch / STATE).read_bytes()))
+    except Damaged as error:
+        raise InputError(f"{scratch / STATE} is damaged, or of an older version ({error}): remove it to begin again") from None
+    saved = torch.load(file, weights_only=True, map_location="cpu")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     say(f"resuming {scratch} after {saved['epochs']} epochs")

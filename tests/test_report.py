@@ -16,6 +16,7 @@ from evaluation.curves import POINTS, loss_curve, read_metrics, temperature_curv
 from evaluation.evaluate import Bench, evaluate
 from evaluation.report import write
 from evaluation.subject import checkpoint_subject
+from pipeline.console import InputError
 from pipeline.evalsets import write_evalset
 from pipeline.seals import open_json
 
@@ -167,11 +168,16 @@ def test_markdown_shows_names_as_text(page: Path) -> None:
 
 
 def test_curves_end_at_the_last_line_and_share_no_ids(tmp_path: Path) -> None:
-    lines = [json.dumps({"samples": 10 * i, "loss": 1 / i, "temperature": [.07, .06, .05]}) + "\n"
+    speed = {"samples_per_second": 9.0, "data_wait": 0.1}
+    lines = [json.dumps({"samples": 10 * i, "loss": 1 / i, "temperature": [.07, .06, .05], **speed}) + "\n"
              for i in range(1, 3 * POINTS + 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"samples": 99')  # a run that is still writing
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert len(metrics) == len(lines) and read_metrics(tmp_path / "none.jsonl") == []
+    torn = tmp_path / "old.jsonl"  # of a version without checksums, a bit flipped in a name
+    torn.write_text(lines[0].replace("temperature", "temperatuse") + lines[1])
+    with pytest.raises(InputError, match="line 1 is damaged .*'temperature'"):
+        read_metrics(torn)
     both = [draw(metrics) for draw in (loss_curve, temperature_curve)]
     ids = [re.findall(r'id="([^"]+)"', svg) for svg in both]
     assert not set(ids[0]) & set(ids[1]) and len(ids[0]) == len(set(ids[0]))
