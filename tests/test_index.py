@@ -65,20 +65,22 @@ def image_bytes(index: Index, row: int) -> bytes:
 
 def test_unusable_samples_are_excluded_named_and_counted(tmp_path):
     write_tar(tmp_path / "a.tar", [
-        ("good.jpg", JPEG[0]), ("good.txt", "fine"),
+        ("good.jpg", JPEG[0]), ("good.txt", "\ufefffine"),
         ("html.jpg", b"<html>"), ("html.txt", "x"),
         ("broken.jpg", encoded(picture(1, 300, 300))[:2000]), ("broken.txt", "x"),
         ("silent.jpg", JPEG[1]), ("blank.jpg", JPEG[2]), ("blank.txt", "  "),
+        ("entity.jpg", JPEG[1]), ("entity.txt", "&nbsp;\u200b"), ("book.jpg", JPEG[2]), ("book.txt", "word " * 200_001),
         ("blind.txt", "x"), ("latin.jpg", JPEG[3]), ("latin.txt", b"\xff\xfe"),
         ("good.jpg", JPEG[4]), ("good.txt", "again"), ("also.jpg", JPEG[5]), ("also.txt", "x"),
         ("also.jpg", JPEG[6]), ("also.txt", "y"), ("k\udcff.jpg", JPEG[7])])
     manifest = build(tmp_path, 1)
     assert classes([(key, reason) for _, key, reason in quarantine(tmp_path)]) == [
         ("html", "not an image"), ("broken", "broken image"), ("silent", "no caption"), ("blank", "no caption"),
+        ("entity", "no caption"), ("book", "captions too long"),
         ("blind", "no image"), ("latin", "caption is not UTF-8"), ("good", "duplicate key"), ("also", "duplicate key"),
         ("k\udcff", "key is not UTF-8")]
     assert manifest["counts"]["samples"] == 2
-    assert sum(manifest["counts"]["excluded"].values()) == 9
+    assert sum(manifest["counts"]["excluded"].values()) == 11
     index = Index.open(tmp_path)
     assert [(index.key(row), index.captions(row), image_bytes(index, row)) for row in range(2)] == [
         ("also", ["x"], JPEG[5]), ("good", ["fine"], JPEG[0])]
