@@ -37,12 +37,13 @@ def stats(index: IndexFolder, json: Annotated[bool, typer.Option("--json", help=
 
 
 def duplicates(index: IndexFolder, distance: Distance = 4, workers: Workers = None) -> None:
-    """Find exact and near duplicates and fill the index's group column; its fingerprint stays.
+    """Find exact and near duplicates, mirrored ones too, and fill the index's group column; its fingerprint stays.
 
     Training does not take samples of one group for negatives of each other.
 
     Example: `uniclip-data duplicates shards`
     """
+    from pipeline.duplicates import FINDS
     from pipeline.duplicates import duplicates as find
     from pipeline.index import Index
 
@@ -51,6 +52,7 @@ def duplicates(index: IndexFolder, distance: Distance = 4, workers: Workers = No
     say(f"{found.pixels:>12,}  have a twin with equal pixels")
     say(f"{found.look:>12,}  look like another")
     say(f"{found.rows:>12,}  samples in {found.groups:,} groups, the largest of {found.largest:,}")
+    say(f"found are, {FINDS}")
 
 
 def overlap(
@@ -63,6 +65,7 @@ def overlap(
 
     Example: `uniclip-data overlap shards skip/overlap.parquet evalsets/flickr8k`
     """
+    from pipeline.duplicates import FINDS
     from pipeline.duplicates import overlap as find
     from pipeline.evalsets import open_evalset
     from pipeline.index import Index
@@ -70,6 +73,7 @@ def overlap(
     counts = find(Index.open(index), [open_evalset(folder, split) for folder in evalset], out, distance, workers)
     for name, kinds in counts.items():
         say(f"{name}: {kinds['bytes']:,} by bytes, {kinds['pixels']:,} by pixels, {kinds['look']:,} by look")
+    say(f"found are, {FINDS}")
     say(f"{out}: train with --set 'data.skip=[\"{out}\"]'")
 
 

@@ -22,14 +22,15 @@ from pipeline.seals import with_trailer, without_trailer
 
 CENTRES = {"centre95": 0.95, "centre90": 0.9}  # share of each side
 OTHER_LOOKS = ("mirror", *CENTRES)  # of the mirrored picture and of its middle: copies mirrored, cropped or in a frame
+FLAT = 4.0  # contrast below which a look is noise
+PLAIN = 16.0  # below which other looks are alike by chance: something small before snow or sky
 HASHES = np.dtype([("offset", np.int64), ("bytes", np.uint64), ("pixels", np.uint64), ("look", np.uint64),
                    *((name, np.uint64) for name in OTHER_LOOKS),
-                   ("telling", np.bool_)])  # telling: whether there is enough in the picture for its looks to mean anything
-Hashes = tuple[int | bool, ...]  # a row of HASHES after its offset
+                   ("contrast", np.float32)])  # contrast: standard deviation of the grey levels
+Hashes = tuple[float, ...]  # a row of HASHES after its offset
 _SMALL = (32, 32)  # what a perceptual hash works on
 _LOW = np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1))  # the lowest eight rows of a cosine transform
 _MIRRORED = np.where(np.arange(8) % 2, -1, 1)
-_FLAT = 4.0  # standard deviation of grey levels below which a perceptual hash is noise
 _SEED = 0x756E6A  # of nothing but the cache's name: changes when the meaning of a column does
 
 
@@ -43,10 +44,10 @@ def hashes_of(data: bytes) -> Hashes:
     try:
         image = upright_rgb(data)
     except Undecodable:
-        return exact, exact, *[0] * (1 + len(OTHER_LOOKS)), False
+        return exact, exact, *[0] * (1 + len(OTHER_LOOKS)), 0
     pixels, grey = _digest(b"%d %d " % image.size + image.tobytes()), image.convert("L")
     smalls = np.stack([_small(grey, share) for share in (1, *CENTRES.values())])
-    return exact, pixels, *_looks(smalls), bool(smalls[0].std() >= _FLAT)
+    return exact, pixels, *_looks(smalls), float(smalls[0].std())
 
 
 def _small(grey: Image.Image, share: float) -> np.ndarray:

@@ -17,9 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import command, encoded, picture
-from imagehash import phash
-from PIL import Image, ImageOps
+from conftest import command, encoded
 from shards import drawing, write_set
 
 from pipeline.card import write_card
@@ -27,7 +25,7 @@ from pipeline.console import InputError, WorkFailed
 from pipeline.doctor import Finding, _lookup, examine
 from pipeline.duplicates import duplicates, overlap
 from pipeline.evalsets import open_evalset, write_evalset
-from pipeline.hashes import bits_apart, hashes_of, near_pairs
+from pipeline.hashes import bits_apart, near_pairs
 from pipeline.index import Index
 from pipeline.peek import peek
 from pipeline.schema import SKIPS, sample_id_of
@@ -110,41 +108,6 @@ def test_overlap_with_an_evaluation_set_becomes_a_skip_list(folder, tmp_path):
         sample_id_of("http://h/7"): "overlap with eval/test, key s0000000, by look",
         sample_id_of("http://h/9"): "overlap with eval/test, key s0000001, by bytes"}
     assert pq.read_schema(tmp_path / "skip.parquet").equals(SKIPS)
-
-
-COPIES = {"mirrored": ImageOps.mirror, "smaller and mirrored": lambda image: ImageOps.mirror(image.resize((70, 70))),
-          "cropped to 95 %": lambda image: ImageOps.crop(image, 5), "to 90 %": lambda image: ImageOps.crop(image, 10),
-          "in a white frame": lambda image: ImageOps.expand(image, 10, "white"),
-          "in a black one": lambda image: ImageOps.expand(image, 4, "black")}
-
-
-def test_altered_copies_are_near_duplicates_of_their_picture_alone(tmp_path):
-    """As groups, and as an evaluation set: the copies are ours, or theirs."""
-    pictures = [drawing(seed, 200) for seed in range(20)]
-    mine, copies = map(encoded, pictures), (encoded(change(image)) for change in COPIES.values() for image in pictures)
-    samples = [(data, {"url": f"{n}", "caption": f"{n}"}) for n, data in enumerate([*mine, *copies])]
-    number = {sample_id_of(f"{n}"): n for n in range(len(samples))}
-    both = Index.open(write_set(tmp_path / "both", samples, 140))
-    found = duplicates(both, workers=1)
-    assert (found.groups, found.rows, found.largest, found.look) == (20, 140, 7, 140)
-    columns = Index.open(both.folder).columns(np.arange(140))
-    assert len({(group, number[one] % 20) for group, one in zip(*(columns[name].tolist() for name in ("group", "sample_id")),
-                                                                strict=True)}) == 20
-    for name, ours, theirs in (("copies", samples[20:], samples[:20]), ("pictures", samples[:20], samples[20::21])):
-        write_evalset(tmp_path / "eval" / name, "test", [(data, [told["url"]]) for data, told in theirs], "retrieval")
-        index = Index.open(write_set(tmp_path / name, ours, 140))
-        overlap(index, [open_evalset(tmp_path / "eval" / name)], tmp_path / "skip.parquet", workers=1)
-        skips = read_skips(tmp_path / "skip.parquet")
-        listed = {number[one]: int(reason.split(" key s")[1][:7]) for one, reason in skips.items()}
-        assert listed == ({n: n % 20 for n in range(20, 140)} if name == "copies" else {n: n for n in range(6)})
-
-
-def test_looks_are_those_of_imagehash():
-    for seed in range(20):
-        image = picture(seed, 300, 200)
-        small = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
-        words = hashes_of(encoded(image, "PNG"))[2:4]
-        assert [f"{word:016x}" for word in words] == [str(phash(image)), str(phash(ImageOps.mirror(small)))]
 
 
 def test_filter_lists_what_does_not_meet_the_conditions(folder, tmp_path):
