@@ -20,6 +20,8 @@ from pipeline.replay import eval_view
 from trainer.checkpoint import TOKENIZER, Loaded
 from trainer.distributed import pick_device
 from trainer.export import open_model
+from trainer.pretrained import read_by_us
+from trainer.weights_file import fitting, one_line
 
 DEVICE = "--device "
 CROP_NAME = "central square, bicubic {} px, CLIP mean and std, identity vector, fp32"
@@ -83,26 +85,36 @@ def open_clip_subject(arch: str, weights: Path, device: str = "auto") -> Subject
         raise InputError(f"open_clip {open_clip.__version__} knows no architecture {arch}: "
                          "open_clip.list_models() lists them")
     try:
-        made: Any = open_clip.create_model_and_transforms(arch, pretrained=str(weights))
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:  # what open_clip raises
-        raise InputError(f"{weights} does not fit {arch}: {str(error).partition(chr(10))[0]}") from None
-    (model, _, transform), tokenize = made, open_clip.get_tokenizer(arch)
+        with fitting(weights, arch, "give the architecture it was trained with"), read_by_us():
+            made: Any = open_clip.create_model_and_transforms(arch, pretrained=str(weights))
+            (model, _, transform), tokenize = made, open_clip.get_tokenizer(arch)
+    except OSError as error:
+        if error.errno is not None:  # of the disk; those of the Hub's client have no number
+            raise
+        raise InputError(f"{arch} has its tokenizer or text tower at the Hub, and it cannot be had ({one_line(error)}): run "
+                         "once where the Hub answers, or give another architecture") from None
     steps = " ".join(str(transform).split())
     return Subject(arch, weights.parent, sha256_of(weights), hashlib.sha256(arch.encode()).hexdigest(),
                    f"open_clip {steps}, fp32", torch.device(device), lambda data: transform(upright_rgb(data)).numpy(),
-                   _their_images(model.visual), model.encode_text, lambda texts: tokenize(texts).numpy(), None,
+                   _their_images(model), model.encode_text, lambda texts: tokenize(texts).numpy(), None,
                    model.eval().to(device))
 
 
-def _their_images(visual: torch.nn.Module) -> ImageEncoder:
-    """h is the feature before the projection where the tower has one as a matrix (its ViTs), z itself elsewhere."""
+def _their_images(model: Any) -> ImageEncoder:
+    """h is the feature before the projection where the tower has one as a matrix (its ViTs), z itself elsewhere.
+
+    CoCa's tower returns the tokens for its captions beside the feature, and its z has length 1.
+    """
+    visual, coca = model.visual, hasattr(model, "text_decoder")
     projection = getattr(visual, "proj", None)
-    if not isinstance(projection, torch.nn.Parameter):
-        return lambda image_BCHW: (z_BD := visual(image_BCHW), z_BD)
+    if isinstance(projection, torch.nn.Parameter):
+        visual.proj = None  # the tower then returns what it would have projected
+    else:
+        projection = None
 
     def encode(image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        h_BW = visual(image_BCHW)
-        return h_BW, h_BW @ projection
+        h_BW = visual(image_BCHW)[0] if coca else visual(image_BCHW)
+        z_BD = h_BW if projection is None else h_BW @ projection
+        return h_BW, torch.nn.functional.normalize(z_BD, dim=-1) if coca else z_BD
 
-    visual.proj = None  # type: ignore[assignment]  # the tower then returns what it would have projected
     return encode

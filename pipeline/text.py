@@ -3,10 +3,12 @@
 import gzip
 import html
 import importlib.util
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -14,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from pipeline.console import InputError
 
+END_OF_WORD = "</w>"
 START, END, PAD = "<start_of_text>", "<end_of_text>", "<pad>"
 CLIP_MERGES = 49_152 - 256 - 2
 _WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
@@ -80,6 +83,17 @@ def _words() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+def _spaced() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def _rules(bpe: Tokenizer) -> dict[str, Any]:
+    """All that a tokenizer's file says but its words."""
+    told = json.loads(bpe.to_str())
+    words = ("added_tokens", "vocab", "merges")
+    return {name: value for part in (told, told.pop("model")) for name, value in part.items() if name not in words}
+
+
 class CaptionTokenizer:
     """Captions → (n, context) int64 ids: start token, text, end token, padding with id 0.
 
@@ -108,9 +122,28 @@ class CaptionTokenizer:
         return self._bpe.to_str()
 
     @classmethod
-    def from_json(cls, json: str, context: int) -> "CaptionTokenizer":
-        """What `to_json` wrote."""
-        return cls(Tokenizer.from_str(json), context)
+    def from_json(cls, told: str, context: int) -> "CaptionTokenizer":
+        """What `to_json` wrote. Raises InputError for a tokenizer that works otherwise: it may be from anybody."""
+        try:
+            bpe = Tokenizer.from_str(told)
+        except BaseException as error:  # of `tokenizers`: a plain Exception, or Rust's panic, which is none
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise InputError(f"not a file of `tokenizers`: {error}") from None
+        ids = bpe.get_vocab().values()
+        if sorted(ids) != list(range(len(ids))):
+            raise InputError("its token ids are not 0, 1, 2 … without a gap")
+        if _rules(bpe) not in (_rules(cls._with(_words(), END_OF_WORD)), _rules(cls._with(_spaced(), None))):
+            raise InputError("it splits or alters text otherwise than a vocabulary of this project")
+        return cls(bpe, context)
+
+    @staticmethod
+    def _with(pre_tokenizer: pre_tokenizers.PreTokenizer, suffix: str | None, **words: Any) -> Tokenizer:
+        """A BPE with these words, none unless given."""
+        closing = {"end_of_word_suffix": suffix, "continuing_subword_prefix": ""} if suffix else {}
+        bpe = Tokenizer(models.BPE(**words, **closing))
+        bpe.pre_tokenizer = pre_tokenizer
+        return bpe
 
     @classmethod
     def clip(cls, context: int = 77) -> "CaptionTokenizer":
@@ -122,11 +155,9 @@ class CaptionTokenizer:
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : CLIP_MERGES + 1]
         merges = [(left, right) for left, right in (line.split() for line in lines)]
         letters = _byte_letters()
-        tokens = [*letters, *(x + "</w>" for x in letters), *(a + b for a, b in merges), START, END]
+        tokens = [*letters, *(x + END_OF_WORD for x in letters), *(a + b for a, b in merges), START, END]
         vocab = {token: number for number, token in enumerate(tokens)}
-        bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix=""))
-        bpe.pre_tokenizer = _words()
-        return cls(bpe, context)
+        return cls(cls._with(_words(), END_OF_WORD, vocab=vocab, merges=merges), context)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context: int) -> "CaptionTokenizer":
@@ -135,8 +166,7 @@ class CaptionTokenizer:
         GPT-2's form, where a word's leading space is part of it: with CLIP's end-of-word suffix the `tokenizers` trainer
         numbers its letters in the order of a randomly seeded hash map, differently in every process.
         """
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        bpe = cls._with(_spaced(), None)
         bpe.train_from_iterator((clean(c) for c in captions), trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[PAD, START, END], initial_alphabet=_byte_letters(), show_progress=False))
         return cls(bpe, context)

@@ -4,6 +4,7 @@
     RUN/checkpoints/latest
 """
 
+import json
 import os
 import shutil
 from collections.abc import Collection, Generator, Sequence
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.console import InputError, WorkFailed
@@ -26,9 +28,11 @@ from trainer.config import Config
 from trainer.config_file import as_changed, changed, load_config
 from trainer.mirror import named, superseded
 from trainer.model import UniCLIP
+from trainer.weights_file import fitting, one_line, read_pickle, read_safetensors, refuse_misfits
 
 WEIGHTS, AVERAGE, OPTIMIZER, TOKENIZER, CONFIG, STATE, LATEST = (
     "model.safetensors", "average.safetensors", "optimizer.pt", "tokenizer.json", "config.toml", "state.json", "latest")
+_NEEDED = {WEIGHTS, OPTIMIZER, TOKENIZER, CONFIG}
 FAILURES = "failures"  # folder of a run: checkpoints without optimizer, see trainer.failures
 
 
@@ -36,10 +40,10 @@ FAILURES = "failures"  # folder of a run: checkpoints without optimizer, see tra
 class State:
     """Where a run stands. `seconds` is the training time so far; `skipped` updates were left out; `hashes`: sha256 by file."""
 
-    step: int
+    step: NonNegativeInt
     cursor: Cursor
     seconds: float
-    skipped: int
+    skipped: NonNegativeInt
     hashes: dict[str, str]
 
 
@@ -174,23 +178,50 @@ def _others(checkpoints: Path, damaged: Path | None = None) -> str:
 def read_state(folder: Path) -> State:
     """state.json of a checkpoint, with every file's hash verified. Raises InputError."""
     try:
-        values: dict[str, Any] = open_json((folder / STATE).read_bytes())
-        state = State(**{**values, "cursor": Cursor(**values["cursor"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / STATE} is damaged ({error}): {_others(folder.parent, folder)}") from None
+        state = TypeAdapter(State).validate_json(json.dumps(open_json((folder / STATE).read_bytes())), strict=True)
+    except (ValueError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        told = f"{'.'.join(map(str, first['loc']))} {first['msg']}" if first else one_line(error)
+        raise InputError(f"{folder / STATE} is damaged ({told}): {_others(folder.parent, folder)}") from None
+    if not state.cursor.samples_seen >= 0:
+        raise InputError(f"{folder / STATE} is damaged ({state.cursor.samples_seen} samples seen): "
+                         f"{_others(folder.parent, folder)}")
+    if missing := _NEEDED - set(state.hashes):
+        raise InputError(f"{folder / STATE} tells no sha256 of {min(missing)}: {_others(folder.parent, folder)}")
     for name, digest in state.hashes.items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+        if Path(name).name != name or not (folder / name).is_file() or sha256_of(folder / name) != digest:
             raise InputError(f"{folder / name} is missing or does not match its sha256: {_others(folder.parent, folder)}")
     return state
 
 
 def make_model(config: Config, tokenizer: CaptionTokenizer) -> UniCLIP:
-    """The model that [model] describes, untrained. Raises InputError when timm cannot build it."""
+    """The model that [model] describes, untrained. Raises InputError when timm or torch cannot build it."""
     try:
         return UniCLIP(config.model, tokenizer.vocab_size, tokenizer.end_id, config.learns_offset,
                        config.objective)
-    except (ValueError, RuntimeError, AssertionError, TypeError) as error:  # what timm and torch raise
-        raise InputError(f"[model] cannot be built: {error}: check model.image.arch, sizes and heads") from None
+    except (ValueError, RuntimeError, AssertionError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise InputError(f"[model] cannot be built: {one_line(error)}: check model.image.arch, sizes and heads") from None
+
+
+def assemble(config: Config, weights: Path, described: str) -> tuple[UniCLIP, CaptionTokenizer]:
+    """The model of `config` with the weights of a file, and the tokenizer beside it. Raises InputError where one does not fit.
+
+    Names and shapes are compared before memory is taken: a configuration from elsewhere may ask for any amount.
+    """
+    tensors = read_safetensors(weights)
+    model, name = config.model, weights.parent / TOKENIZER
+    try:
+        tokenizer = CaptionTokenizer.from_json(name.read_text(encoding="utf-8"), model.text.context)
+    except ValueError as error:
+        raise InputError(f"{name} is not what this project writes ({one_line(error)}): use another copy of it") from None
+    blocks = (model.image.depth or 0) + model.text.depth + model.head.depth
+    if blocks > len(tensors):
+        raise InputError(f"{weights} holds {len(tensors)} tensors, too few for the {blocks} blocks that {described} describes")
+    with torch.device("meta"):
+        refuse_misfits(make_model(config, tokenizer), tensors, weights, described)
+    made = make_model(config, tokenizer)
+    made.load_state_dict(tensors)
+    return made, tokenizer
 
 
 def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> Loaded:
@@ -202,13 +233,8 @@ def load_model(path: str | Path, device: str = "cpu", average: bool = True) -> L
     folder = find(Path(path))
     state = read_state(folder)
     config = load_config(str(folder / CONFIG))
-    tokenizer = CaptionTokenizer.from_json((folder / TOKENIZER).read_text(encoding="utf-8"), config.model.text.context)
-    model = make_model(config, tokenizer)
     name = AVERAGE if average and AVERAGE in state.hashes else WEIGHTS
-    try:
-        model.load_state_dict(load_file(folder / name))
-    except RuntimeError as error:
-        raise InputError(f"{folder / name} does not fit the model that {CONFIG} beside it describes: {error}") from None
+    model, tokenizer = assemble(config, folder / name, f"{CONFIG} beside it")
     return Loaded(model.eval().to(device), tokenizer, config.model.image.size, config, state.hashes[name], folder,
                   run_of(folder))
 
@@ -227,6 +253,9 @@ def load_config_of(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_tensors(folder: Path) -> Tensors:
     """What `resume` puts back; `read_state` has verified the files."""
-    saved = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
-    average = load_file(folder / AVERAGE) if (folder / AVERAGE).is_file() else None
-    return Tensors(load_file(folder / WEIGHTS), saved["optimizer"], average, saved["rng"], saved.get("memory", {}))
+    saved, average = read_pickle(folder / OPTIMIZER), folder / AVERAGE
+    with fitting(folder / OPTIMIZER, "a run of uniclip-train"):
+        optimizer, rng, memory = dict(saved["optimizer"]), saved["rng"], dict(saved.get("memory", {}))
+        torch.Generator().set_state(rng)
+    return Tensors(read_safetensors(folder / WEIGHTS), optimizer, read_safetensors(average) if average.is_file() else None,
+                   rng, memory)

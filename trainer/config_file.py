@@ -45,7 +45,7 @@ def _read(path: Path, source: str, above: tuple[Path, ...] = ()) -> dict[str, An
                          + (f"; did you mean {near[0]}?" if near else f" ({', '.join(presets())})"))
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, a number or a byte that is none
         raise InputError(f"{path} is not TOML: {error}") from None
     base = values.pop("base", None)
     if base is None:

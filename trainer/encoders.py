@@ -20,6 +20,8 @@ class ImageEncoder(nn.Module):
     def __init__(self, arch: str, size: int, patch: int | None = None, width: int | None = None,
                  depth: int | None = None, heads: int | None = None):
         super().__init__()
+        if not timm.is_model(arch):  # timm would ask the Hub for hf-hub:ORG/NAME, which a checkpoint of anybody may name
+            raise ValueError(f"{arch!r} is no architecture of timm")
         own: dict[str, Any] = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
         vit = timm.create_model(arch, pretrained=False, num_classes=0, img_size=size, global_pool="token",
                                 **{name: value for name, value in own.items() if value is not None})

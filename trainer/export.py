@@ -16,16 +16,14 @@ from typing import Any
 import tomli_w
 from jinja2 import Environment, FileSystemLoader
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 from pipeline.console import InputError
 from pipeline.files import sha256_of, write_json
 from pipeline.markup import markdown
 from pipeline.schema import MEAN, STD, VECTOR
 from pipeline.seals import read_lines
-from pipeline.text import CaptionTokenizer
 from pipeline.versions import versions
-from trainer.checkpoint import TOKENIZER, WEIGHTS, Loaded, State, load_model, make_model, read_state
+from trainer.checkpoint import TOKENIZER, WEIGHTS, Loaded, State, assemble, load_model, read_state
 from trainer.config import Config
 from trainer.onnx_towers import write_onnx
 
@@ -70,7 +68,7 @@ def is_export(folder: Path) -> bool:
     """Whether the folder's config.json says so."""
     try:
         return json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["format"].startswith("uniclip-export/")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -145,21 +143,16 @@ def _snapshot(repository: str, revision: str | None) -> Path:
 
 def _opened(folder: Path, device: str) -> Loaded:
     """An export folder, with its files' hashes verified."""
-    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))  # is_export has read it
     if description["format"] != FORMAT:
-        raise InputError(f"{folder} is of format {description['format']}, this version reads {FORMAT}: update uniclip")
+        raise InputError(f"{folder} is of format {description['format']!r}, this version reads {FORMAT}: update uniclip")
     try:
-        sha256, context = description["sha256"], description["tokenizer"]["context"]
+        sha256 = description["sha256"]
         for name in (WEIGHTS, TOKENIZER):
             if not (folder / name).is_file() or sha256_of(folder / name) != sha256[name]:
                 raise InputError(f"{folder / name} is missing or does not match the sha256 in {DESCRIPTION}: export it again")
         config = Config.model_validate(description["config"])
     except (KeyError, TypeError, ValidationError) as error:
         raise InputError(f"{folder / DESCRIPTION} is damaged ({str(error).partition(chr(10))[0]}): export it again") from None
-    tokenizer = CaptionTokenizer.from_json((folder / TOKENIZER).read_text(encoding="utf-8"), context)
-    model = make_model(config, tokenizer)
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except RuntimeError as error:
-        raise InputError(f"{folder / WEIGHTS} does not fit the model that {DESCRIPTION} describes: {error}") from None
+    model, tokenizer = assemble(config, folder / WEIGHTS, DESCRIPTION)
     return Loaded(model.eval().to(device), tokenizer, config.model.image.size, config, sha256[WEIGHTS], folder, folder)

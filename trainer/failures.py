@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.console import InputError, WorkFailed, say
@@ -19,6 +19,7 @@ from trainer.distributed import pick_device, process_group
 from trainer.objectives import Objective
 from trainer.step import global_loss
 from trainer.training import Training, restored, snapshot
+from trainer.weights_file import fitting, read_safetensors
 
 KEPT = 3
 BATCH = ("vectors", "tokens", "sample_id", "group_id", "valid")
@@ -85,9 +86,10 @@ def replay(folder: Path) -> None:
     config = checkpoint.load_model(folder, average=False).config
     with process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
         _, t = restored(folder, device, ranks)
-        batch = _batch(config, t, kept)
-        if len(kept) == ranks.world:
-            torch.set_rng_state(load_file(kept[ranks.rank])["rng"])
+        with fitting(folder, "this run"):
+            batch = _batch(config, t, kept)
+            if len(kept) == ranks.world:
+                torch.set_rng_state(read_safetensors(kept[ranks.rank])["rng"])
         objective = Objective(config, ranks, t.model.auxiliary)
         loss, _ = global_loss(config.optim, t, objective, batch)
         for line in _findings(t, objective, batch, loss):
@@ -96,7 +98,7 @@ def replay(folder: Path) -> None:
 
 def _batch(config: Config, t: Training, kept: list[Path]) -> Batch:
     """This rank's share of the step's batch, checked against what was kept of it."""
-    told = [load_file(path) for path in kept]
+    told = [read_safetensors(path) for path in kept]
     count = sum(len(rank["valid"]) for rank in told)
     mine = slice(t.ranks.rank * count // t.ranks.world, (t.ranks.rank + 1) * count // t.ranks.world)
     told_B = {name: torch.cat([rank[name] for rank in told])[mine] for name in told[0] if name != "rng"}

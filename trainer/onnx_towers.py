@@ -6,6 +6,7 @@
 
 import importlib.util
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def write_onnx(model: UniCLIP, image_size: int, tokenizer: CaptionTokenizer, fol
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"--onnx needs {', '.join(missing)}: pip install 'uniclip[onnx]'")
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would report to its makers, from the moment it is imported
     pixels_BCHW = torch.randn(5, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     return {name: _write(folder / name, tower.eval(), input_name, example)
             for name, tower, input_name, example in (("image.onnx", _ImageTower(model), "pixels", pixels_BCHW),

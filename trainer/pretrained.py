@@ -1,9 +1,11 @@
 """Weights of timm, of open_clip and of ourselves, read for a model of ours to start from.
 
-Nothing is unpickled: safetensors, or torch.load with weights_only.
+Nothing in them runs, see trainer.weights_file. The Hub is asked for what the user names, never for what a file names.
 """
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from pipeline.console import InputError
 from pipeline.schema import MEAN, STD
 from pipeline.text import CaptionTokenizer
 from trainer.export import open_model
+from trainer.weights_file import Weights, read_weights
 
-Weights = dict[str, Tensor]
 Traits = dict[str, Any]
 ACTIVATION, HEADS, EPSILON = "activation", "attention heads", "ε of the norms"
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
 _TEXT_NAMES = (("token_embedding", "token"), ("positional_embedding", "position"), ("transformer.resblocks.", "blocks."),
                ("ln_final", "norm"), ("ln_", "norm"), ("attn.in_proj_", "attn.qkv."), ("attn.out_proj", "attn.proj"),
                ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"))
@@ -96,21 +99,9 @@ def _open_clip(what: str) -> Pretrained:
 
     Only a bare file does not tell what it was: it has no traits.
     """
-    from open_clip import create_model
-    from open_clip.factory import load_state_dict
-
-    arch, _, file = what.partition("@")
     if Path(what).is_file():
-        weights: Any = load_state_dict(what, weights_only=True)
-        return _from_open_clip(weights, {}, "end", (MEAN, STD))
-    if Path(what).is_dir():
-        model: Any = create_model(f"local-dir:{what}")
-    elif file:
-        model = create_model(arch, pretrained=file)
-    elif what.startswith("hf-hub:"):
-        model = create_model(what)
-    else:
-        raise InputError(f"[init] open_clip:{what}: no such file or folder; ARCHITECTURE@FILE and hf-hub:ORG/NAME are others")
+        return _from_open_clip(read_weights(Path(what)), {}, "end", (MEAN, STD))
+    model = _open_clip_model(what)
     custom = hasattr(model, "text")
     text = [model.text] if custom else [model.transformer, model.ln_final]
     pool, mask = (model.text.pool_type, model.text.attn_mask) if custom else (model.text_pool_type, model.attn_mask)
@@ -118,6 +109,44 @@ def _open_clip(what: str) -> Pretrained:
     pooling = "end" if causal and pool in ("argmax", "eos") else f"{pool}, {'' if causal else 'not '}causal"
     traits = {"image": traits_of(model.visual), "text": traits_of(*text)}
     return _from_open_clip(model.state_dict(), traits, pooling, (tuple(model.visual.image_mean), tuple(model.visual.image_std)))
+
+
+def _open_clip_model(what: str) -> Any:
+    from open_clip import create_model
+    from open_clip.factory import download_pretrained_from_hf
+
+    arch, _, file = what.partition("@")
+    with read_by_us():
+        if Path(what).is_dir():
+            _refuse_hub_names(Path(what) / _OPEN_CLIP_CONFIG)
+            return create_model(f"local-dir:{what}")
+        if what.startswith("hf-hub:"):
+            _refuse_hub_names(Path(download_pretrained_from_hf(what.removeprefix("hf-hub:"), filename=_OPEN_CLIP_CONFIG)))
+            return create_model(what)
+        if file:
+            return create_model(arch, pretrained=file)
+    raise InputError(f"[init] open_clip:{what}: no such file or folder; ARCHITECTURE@FILE and hf-hub:ORG/NAME are others")
+
+
+@contextmanager
+def read_by_us() -> Iterator[None]:
+    """Within, open_clip reads weights files as `read_weights` does: its own reader ends in tracebacks of many kinds."""
+    from open_clip import factory
+
+    theirs, factory.load_state_dict = factory.load_state_dict, lambda path, *_, **__: read_weights(Path(path))
+    try:
+        yield
+    finally:
+        factory.load_state_dict = theirs
+
+
+def _refuse_hub_names(path: Path) -> None:
+    """Raises InputError where a configuration names a further model that timm or transformers would ask the Hub for."""
+    config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    image, text = (config[name].get(key) for name, key in (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name")))
+    if text or image and not timm.is_model(image):
+        raise InputError(f"{path} names {text or image!r} for one of its towers: only architectures that timm and open_clip "
+                         "carry are built from a file, and no Hub repository is asked for one that a file names")
 
 
 def _from_open_clip(weights: Weights, traits: dict[str, Traits], pooling: str, pixels: tuple) -> Pretrained:

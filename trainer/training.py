@@ -30,6 +30,7 @@ from trainer.model import UniCLIP
 from trainer.optim import Average, make_optimizer
 from trainer.parallel import Step, parallel, whole
 from trainer.pretrained import taken_tokenizer
+from trainer.weights_file import fitting
 
 
 @dataclass
@@ -114,19 +115,40 @@ def _assemble(config: Config, data: Indexed | Stream, tokenizer: CaptionTokenize
     if config.run.compile:
         model.image.compile()
         model.text.compile()
-    average = Average(model, config.optim.average_samples, saved and saved.average) if config.optim.average_samples else None
+    with fitting((source or Path()) / checkpoint.AVERAGE, "the model"):
+        average = Average(model, samples, saved and saved.average) if (samples := config.optim.average_samples) else None
     optimizer = make_optimizer(model, config.optim)
-    if saved and saved.optimizer:
-        set_optimizer_state_dict(model, optimizer, saved.optimizer, options=StateDictOptions(full_state_dict=True))
     if saved:
-        torch.set_rng_state(saved.rng)
-        for name, x in saved.memory.items():
-            model.get_buffer(name).copy_(x)
+        with fitting(source / checkpoint.OPTIMIZER, "this run"):  # type: ignore[operator]
+            _put_back(saved, model, optimizer)
     wording = Wording.read(config.objective.synonyms) if config.objective.name == "declip" else None
     recipe = Recipe(config.data.kinds(), config.model.image.size, config.data.executor, config.data.threads, wording)
     cursor = Cursor(config.run.seed, 0, data.fingerprint, recipe.fingerprint(**data.chosen))
     ranks.wait()  # none looks at the folder from here on
     return Training(model, step, optimizer, average, tokenizer, data, recipe, cursor, ranks, device, notes)
+
+
+def _put_back(saved: checkpoint.Tensors, model: UniCLIP, optimizer: torch.optim.Optimizer) -> None:
+    """Optimizer, random state and memory as they were. Raises ValueError where they are not of this model and [optim]."""
+    if saved.optimizer:
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        if {name for group in saved.optimizer["param_groups"] for name in group["params"]} != names:
+            raise ValueError("it names other parameters than the model has")
+        rules = [_rules(group) for group in optimizer.param_groups]
+        set_optimizer_state_dict(model, optimizer, saved.optimizer, options=StateDictOptions(full_state_dict=True))
+        if [_rules(group) for group in optimizer.param_groups] != rules:
+            raise ValueError("its groups of parameters are other than [optim] says")
+        for parameter, state in optimizer.state.items():
+            if any(state[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")) or state["step"].numel() != 1:
+                raise ValueError("its moments have other shapes than the weights")
+    torch.set_rng_state(saved.rng)
+    for name, x in saved.memory.items():
+        model.get_buffer(name).copy_(x)
+
+
+def _rules(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in group.items()
+            if name not in ("params", "lr")}
 
 
 def snapshot(config: Config, t: Training, seconds: float, with_optimizer: bool = True) -> checkpoint.Snapshot:
