@@ -1,5 +1,6 @@
 """Finished files: written under a temporary name, then renamed, so that a name that exists is a whole file; locked folders."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,18 @@ from pipeline.console import err
 
 # What a killed command may leave half written; others may be at work on other names, on other machines too.
 _HALVES = (".index.arrow.*.tmp", ".manifest.json.*.tmp", ".quarantine.jsonl.*.tmp", ".forgotten.parquet.*.tmp", ".scans/.*.tmp")
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within, a full or broken disk is one that names the file. The system does not, where the file is open already."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK:
+            error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager
@@ -21,13 +34,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # writing into an open file, the system does not name it
-        raise
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

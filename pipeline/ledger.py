@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.console import WorkFailed
+from pipeline.files import naming
 from pipeline.seals import read_lines, sealed_json
 
 GRACE = 100  # samples before the share of bad ones means anything
@@ -39,7 +40,7 @@ class Ledger:
     def count(self, samples: int, bad: list[dict]) -> None:
         """Record; raises WorkFailed once more than `budget` of at least GRACE samples were bad."""
         if bad and self.path:
-            with self.path.open("ab", buffering=0) as file:  # one write: ranks append to the same file
+            with naming(self.path), self.path.open("ab", buffering=0) as file:  # one write: ranks append to the same file
                 file.write(b"".join(sealed_json(line) + b"\n" for line in bad))
         samples, found = self.over_ranks(samples, len(bad))
         self.seen, self.bad = self.seen + samples, self.bad + found

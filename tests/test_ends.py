@@ -13,8 +13,11 @@ from test_download import HERE, samples, url_table
 from webserver import serving
 
 from pipeline import workers
-from pipeline.console import WorkFailed
+from pipeline.console import WorkFailed, what_failed
 from pipeline.download import Options, download
+from pipeline.ledger import Ledger
+from trainer.config import RunConfig
+from trainer.log import LEDGER, METRICS, Log
 
 COUNT = 60
 WORDS = ("--threads", "8", "--processes", "1", "--shard-size", "20", "--allow-address", "127.0.0.1")
@@ -87,6 +90,18 @@ def test_a_full_disk_is_named_with_its_cure(table, tmp_path, size):
     assert last.startswith(f"error: {disk}/out"), done.stderr
     assert last.endswith(": the disk is full: free some space there (`df -h` shows it), then run the same command again")
     assert "Traceback" not in done.stderr
+
+
+def test_metrics_and_bad_samples_name_their_file_on_a_full_disk(tmp_path):
+    full = Path("/dev/full")  # of any size: each write into it finds no room
+    run = RunConfig(folder=tmp_path, save_every_samples=8)
+    for name in (METRICS, LEDGER):
+        (tmp_path / name).symlink_to(full)
+    for path, write in ((tmp_path / METRICS, lambda: Log(run, 9, 0).evaluated({"samples": 1})),
+                        (tmp_path / LEDGER, lambda: Ledger(tmp_path / LEDGER).count(1, [{"samples": 1}]))):
+        with pytest.raises(OSError) as caught:
+            write()
+        assert what_failed(caught.value).startswith(f"{path}: the disk is full: free some space there")
 
 
 def test_too_few_open_files_are_called_so(table, tmp_path):

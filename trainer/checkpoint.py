@@ -93,7 +93,9 @@ def save(run: Path, taken: Snapshot, keep: int, in_use: Collection[Path] = ()) -
     Raises WorkFailed (disk full, read-only).
     """
     folder = folder_of(run, taken.cursor)
-    with writing(folder, f"the checkpoint before it is whole; make room, then `uniclip-train resume {run}`"):
+    before = any(path.parent != folder for path in (run / "checkpoints").glob(f"*/{STATE}"))
+    again = f"the checkpoint before it is whole; make room, then `uniclip-train resume {run}`"
+    with writing(folder, again if before else "there is no checkpoint yet: make room, then start the run again"):
         write(folder, taken)
         point_at(folder)
         retain(run / "checkpoints", keep, in_use)

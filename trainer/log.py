@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.console import InputError, say
-from pipeline.files import replacing
+from pipeline.files import naming, replacing
 from pipeline.seals import open_json, sealed_json
 from trainer.config import RunConfig
 from trainer.hints import Hints
@@ -45,7 +45,8 @@ class Log:
         self._samples = samples
         for name in (METRICS, LEDGER):
             cut_back(run.folder / name, samples_seen)
-        self._file = (run.folder / METRICS).open("a", buffering=1, encoding="utf-8")
+        self._path = run.folder / METRICS
+        self._file = self._path.open("a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=samples_seen + 1)
         self._wandb = _wandb(run) if run.wandb else None
         self._hints = Hints(samples)
@@ -64,7 +65,8 @@ class Log:
                                                             if name != "samples"))
 
     def _everywhere(self, metrics: dict) -> None:
-        self._file.write(sealed_json(_strict(metrics)).decode() + "\n")
+        with naming(self._path):
+            self._file.write(sealed_json(_strict(metrics)).decode() + "\n")
         flat = {title: number for name, value in metrics.items() for title, number in _flat(name, value)}
         for title, number in flat.items():
             self._board.add_scalar(title, number, metrics["samples"])
