@@ -1,5 +1,6 @@
 """A run is one TOML file: every preset loads, every wrong key is named with its cure."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -134,13 +135,35 @@ def fields(model: type[BaseModel], section: str = "") -> set[tuple[str, str]]:
     return found
 
 
+def read(code: str) -> set[tuple[str, str]]:
+    """(owner, name) of each `owner.name` that code reads; what an error message says of it is no use of it."""
+    found, todo = set(), [ast.parse(code)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            found.add((owner, node.attr))
+        if not isinstance(node, ast.Raise):
+            todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def unread(code: str, config: str) -> list[str]:
+    """Fields that are read neither as `section.field` nor, where a function is given a section alone, as `config.field`.
+
+    code: the trainer's but config.py, which hands some on.
+    """
+    elsewhere, handed_on = read(code), read("class Config:\n" + config[config.index("    def kinds"):])
+    return [f"{section}.{name}" for section, name in sorted(fields(Config)) if section not in KINDS
+            and not {(section, name), ("config", name)} & elsewhere and ("self", name) not in handed_on]
+
+
 def test_every_field_is_read_somewhere():
-    """As `section.field`, or as `config.field` where a function is given its section alone."""
-    code = "\n".join(path.read_text() for path in (ROOT / "trainer").glob("*.py") if path.name != "config.py")
+    code = "\n".join(path.read_text() for path in sorted((ROOT / "trainer").glob("*.py")) if path.name != "config.py")
     config = (ROOT / "trainer" / "config.py").read_text()
-    of_views = set(ViewKind.__dataclass_fields__)
-    for section, name in fields(Config):
-        if section in KINDS:
-            assert name in of_views  # kinds() hands each view's section over whole
-        elif not re.search(rf"\b(?:{section}|config)\.{name}\b", code):
-            assert re.search(rf"self\.{name}\b", config.split("def kinds", 1)[1]), f"{section}.{name} is read nowhere"
+    assert {name for section, name in fields(Config) if section in KINDS} <= set(ViewKind.__dataclass_fields__)  # as a whole
+    assert unread(code, config) == []
+    for field, only in (("optim.betas", "raise ValueError(f'{config.optim.betas} of optim.betas')\n"),
+                        ("run.keep", "'run.keep'\n")):
+        gone = re.sub(rf"\b(\w+\.)*{field.rpartition('.')[2]}\b(?!=)", "nothing", code) + only
+        assert field in unread(gone, config), "an error message counts as a use"

@@ -66,6 +66,11 @@ def test_all_ranks_leave_the_update_out_and_the_replay_finds_the_samples(poisone
     assert told and sorted(map(int, told[2].split(", "))) == sorted(guilty) and int(told[1]) == len(guilty)
     assert "image embeddings that are not finite: 0\n" in done.stdout
     assert "weights that are not finite: text.token.weight" in done.stdout
+    ranks = command(*TORCHRUN, "2", "--no-python", PROGRAM, "replay", kept)  # one voice, which speaks for all
+    assert ranks.returncode == 0, ranks.stderr
+    both = [re.search(r"text embeddings that are not finite.*", out) for out in (done.stdout, ranks.stdout)]
+    assert both[0] and both[1] and both[0][0] == both[1][0]
+    assert len(ranks.stdout.splitlines()) == len(done.stdout.splitlines())
 
 
 def test_a_replay_looks_where_the_data_of_its_run_is_now(poisoned, scenes, tmp_path):

@@ -144,6 +144,8 @@ def test_the_rate_warms_up_and_ends_at_zero():
     assert rates.argmax() in (9, 10)
     assert (np.diff(rates[10:]) < 0).all()
     assert learning_rate(optim, 10_000) < 1e-12
+    quarters = [learning_rate(optim, 1000 + 9000 * n // 4) for n in (1, 2, 3)]
+    assert np.allclose(quarters, [0.8535533905932737e-3, 0.5e-3, 0.14644660940672624e-3])  # a cosine; a line has 0.75, 0.25
 
 
 def test_wrong_shapes_are_refused_under_pytest():

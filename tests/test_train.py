@@ -1,9 +1,12 @@
 """A run that is killed goes on as if never stopped; a run that cannot start says why in one line."""
 
 import json
+import os
 import resource
 import shutil
 import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ from pipeline.console import InputError, WorkFailed
 from pipeline.seals import open_json
 from trainer import checkpoint
 from trainer.config_file import load_config
+from trainer.distributed import Ranks
 from trainer.log import METRICS, cut_back
+from trainer.orders import Orders
 from trainer.train import resume, train
-from trainer.training import restored, start
+from trainer.training import restored, snapshot, start
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +148,14 @@ def test_of_a_run_that_went_back_the_newest_checkpoints_stay(scenes, tmp_path):
         assert checkpoint.read_state(checkpoint.find(place)).cursor.samples_seen == 128
 
 
+def test_ranks_that_do_not_write_a_checkpoint_copy_nothing_for_it(finished):
+    config, t = restored(finished)
+    weights = sum(x.nbytes for x in t.model.state_dict().values())
+    assert snapshot(config, t, 0.0).nbytes > 2.9 * weights  # and AdamW's two moments
+    t.ranks = Ranks(1, 2, 16)
+    assert snapshot(config, t, 0.0).nbytes == 0
+
+
 def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_stays(scenes, tmp_path):
     folder = tmp_path / "full"
     words = [w for o in overrides(scenes, folder) for w in ("--set", o)]
@@ -151,6 +164,53 @@ def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_stays(scenes, tmp
     assert done.returncode == 1
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk: Path, but: int = 0) -> Path:
+    """All that is free there, but for so many bytes."""
+    rest = disk / "rest"
+    free = os.statvfs(disk)
+    rest.write_bytes(bytes(free.f_bavail * free.f_bsize - but))
+    return rest
+
+
+def test_a_full_disk_is_named_with_its_cure_also_by_the_log_and_the_first_checkpoint(scenes, small_disk):
+    folder = small_disk / "run"
+    rest = fill(small_disk, 2**17)
+    with pytest.raises(WorkFailed, match=rf"{folder}/checkpoints/0+ could not be written \(.*No space left on device.*\): it "
+                                         r"is the run's first; make room \(a checkpoint needs [\d.]+ MiB\), then give the"):
+        begin(scenes, folder)
+    rest.unlink()
+    config = load_config("scenes-tiny", overrides(scenes, folder, **{"run.save_every_samples": 480, "run.keep": 1}))
+    t = start(config)
+
+    class Filling(Orders):
+        @property
+        def stop(self) -> bool:
+            if t.cursor.samples_seen == 160 and not rest.exists():
+                fill(small_disk)
+            return False
+
+        @stop.setter
+        def stop(self, _: bool) -> None: ...
+
+    with pytest.raises(WorkFailed, match=rf"{folder}/metrics.jsonl could not be written \(No space left on device\): the last "
+                                         rf"checkpoint is whole; make room, then `uniclip-train resume {folder}`"):
+        train(config, t, Filling())
+    rest.unlink()
+    resume(str(folder))
+    assert [row[0] for row in trace(folder)] == list(range(1, 31))
 
 
 def limit_files(size: int) -> None:

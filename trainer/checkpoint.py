@@ -73,6 +73,15 @@ class Snapshot:
     seconds: float
     skipped: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        def of(state: Any) -> int:
+            values = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+            return state.nbytes if isinstance(state, Tensor) else sum(map(of, values))
+        tensors = self.tensors
+        return of([tensors.weights, tensors.optimizer, tensors.average, tensors.memory])
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -93,9 +102,11 @@ def save(run: Path, taken: Snapshot, keep: int, in_use: Collection[Path] = ()) -
     Raises WorkFailed (disk full, read-only).
     """
     folder = folder_of(run, taken.cursor)
-    before = any(path.parent != folder for path in (run / "checkpoints").glob(f"*/{STATE}"))
-    again = f"the checkpoint before it is whole; make room, then `uniclip-train resume {run}`"
-    with writing(folder, again if before else "there is no checkpoint yet: make room, then start the run again"):
+    size = f"a checkpoint needs {taken.nbytes / 2**20:,.1f} MiB"
+    cure = (f"the checkpoint before it is whole; make room ({size}), then `uniclip-train resume {run}`"
+            if (run / "checkpoints" / LATEST).is_file() else
+            f"it is the run's first; make room ({size}), then give the same command again")
+    with writing(folder, cure):
         write(folder, taken)
         point_at(folder)
         retain(run / "checkpoints", keep, in_use)
@@ -108,7 +119,7 @@ def writing(folder: Path, cure: str) -> Generator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save and safetensors wrap the system's error
-        told = str(error).strip().partition("\n")[0]
+        told = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
         raise WorkFailed(f"{folder} could not be written ({told}): {cure}") from error
 
 

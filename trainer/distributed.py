@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from pipeline.console import InputError, WorkFailed
 from trainer.heartbeat import Heartbeat
 from trainer.losses import NoValidGroup
 
+T = TypeVar("T")
 POLL = 0.1  # seconds
 
 
@@ -127,6 +129,13 @@ class Ranks:
         dist.all_reduce(count_F)
         return count_F.tolist()
 
+    def told(self, what: T) -> list[T]:
+        """What each rank tells, in their order. One collective, which all ranks must call."""
+        every = [what] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, what)
+        return every
+
     @contextmanager
     def agreeing(self) -> Generator[None]:
         """What goes wrong in here on one rank is raised on all. One collective, at the end."""
@@ -135,10 +144,7 @@ class Ranks:
             yield
         except (InputError, WorkFailed, OSError) as error:
             failed = error
-        every: list[Exception | None] = [failed] * self.world
-        if self.world > 1:
-            dist.all_gather_object(every, failed)
-        if failed := next(filter(None, every), None):
+        if failed := next(filter(None, self.told(failed)), None):
             raise failed
 
     def for_averaging(self, loss: Tensor) -> Tensor:

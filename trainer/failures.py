@@ -17,6 +17,7 @@ from trainer import checkpoint
 from trainer.config import Config
 from trainer.distributed import pick_device, process_group
 from trainer.objectives import Objective
+from trainer.parallel import whole
 from trainer.step import global_loss
 from trainer.training import Training, restored, snapshot
 from trainer.weights_file import fitting, read_safetensors
@@ -53,8 +54,8 @@ class Skips:
 def _keep(folder: Path, config: Config, t: Training, batch: Batch) -> None:
     """Write the step, and remove older ones; nothing of it stays where a rank cannot. Raises WorkFailed on all ranks."""
     taken, told = snapshot(config, t, 0.0, with_optimizer=False), _told(batch, keep_views=config.data.index is None)
-    kept = [taken.tensors.weights, taken.tensors.average or {}, taken.tensors.memory, *[told] * t.ranks.world]
-    needed = sum(x.nbytes for tensors in kept for x in tensors.values())
+    weights = [*t.model.state_dict().values(), *(t.average.weights.values() if t.average else ())]
+    needed = sum(x.numel() * x.element_size() for x in [*weights, *[*told.values()] * t.ranks.world])
     cure = f"a step needs {needed / 2**20:,.1f} MiB, make room there"
     try:
         with t.ranks.agreeing(), checkpoint.writing(folder, cure):
@@ -76,7 +77,7 @@ def _told(batch: Batch, keep_views: bool) -> dict[str, Tensor]:
 
 
 def replay(folder: Path) -> None:
-    """Run a kept step again and say what is not finite: loss, parts of the gradient, samples. Raises InputError.
+    """Run a kept step again and say what is not finite: loss, parts of the gradient, samples of all ranks. Raises InputError.
 
     As many processes as it was on repeat it exactly; any other number runs the same global batch.
     """
@@ -92,8 +93,9 @@ def replay(folder: Path) -> None:
                 torch.set_rng_state(read_safetensors(kept[ranks.rank])["rng"])
         objective = Objective(config, ranks, t.model.auxiliary)
         loss, _ = global_loss(config.optim, t, objective, batch)
-        for line in _findings(t, objective, batch, loss):
-            say(line)
+        for line in _findings(t, objective, batch, loss):  # on all ranks: it asks them all
+            if ranks.rank == 0:
+                say(line)
 
 
 def _batch(config: Config, t: Training, kept: list[Path]) -> Batch:
@@ -120,11 +122,11 @@ def _findings(t: Training, objective: Objective, batch: Batch, loss: Tensor) -> 
     for name, part in t.model.named_children():
         gradients = [p.grad for p in part.parameters() if p.grad is not None]
         if gradients:
-            lines.append(f"  gradient norm of {name}: {nn.utils.get_total_norm(gradients).item():.6g}")
+            lines.append(f"  gradient norm of {name}: {whole(nn.utils.get_total_norm(gradients)).item():.6g}")
     for name, z_BXD in (("image", objective.image_BVD), ("text", objective.text_BTD)):
         wrong_B = ~torch.isfinite(z_BXD).flatten(1).all(1)
-        ids = batch.sample_id[wrong_B].tolist()
+        ids = [one for rank in t.ranks.told(batch.sample_id[wrong_B].tolist()) for one in rank]
         lines.append(f"  {name} embeddings that are not finite: {len(ids)}"
                      + (f", of samples {', '.join(map(str, ids[:10]))}" if ids else ""))
-    wrong = [name for name, p in t.model.named_parameters() if not torch.isfinite(p).all()]
+    wrong = [name for name, p in t.model.named_parameters() if not torch.isfinite(whole(p)).all()]
     return [*lines, f"  weights that are not finite: {', '.join(wrong) or 'none'}"]

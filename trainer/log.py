@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.console import InputError, say
-from pipeline.files import naming, replacing
+from pipeline.files import replacing
 from pipeline.seals import open_json, sealed_json
+from trainer.checkpoint import writing
 from trainer.config import RunConfig
 from trainer.hints import Hints
 from trainer.similarity import DOMAIN_PAIRS
@@ -42,12 +44,13 @@ class Log:
     """Writes each logged step everywhere. `samples` is the length of the run, `samples_seen` where it stands."""
 
     def __init__(self, run: RunConfig, samples: int, samples_seen: int):
-        self._samples = samples
+        self._samples, self._folder = samples, run.folder
         for name in (METRICS, LEDGER):
-            cut_back(run.folder / name, samples_seen)
-        self._path = run.folder / METRICS
-        self._file = self._path.open("a", buffering=1, encoding="utf-8")
-        self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=samples_seen + 1)
+            with self._writing(name):
+                cut_back(run.folder / name, samples_seen)
+        self._file = (run.folder / METRICS).open("ab", buffering=0)  # a full disk is met here, and not when it is closed
+        with self._writing("tensorboard"):
+            self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=samples_seen + 1)
         self._wandb = _wandb(run) if run.wandb else None
         self._hints = Hints(samples)
 
@@ -65,11 +68,14 @@ class Log:
                                                             if name != "samples"))
 
     def _everywhere(self, metrics: dict) -> None:
-        with naming(self._path):
-            self._file.write(sealed_json(_strict(metrics)).decode() + "\n")
+        with self._writing(METRICS):
+            line = sealed_json(_strict(metrics)) + b"\n"
+            if (written := self._file.write(line)) != len(line):
+                self._file.write(line[written:])  # a disk that is nearly full takes a part, and says so only now
         flat = {title: number for name, value in metrics.items() for title, number in _flat(name, value)}
-        for title, number in flat.items():
-            self._board.add_scalar(title, number, metrics["samples"])
+        with self._writing("tensorboard"):
+            for title, number in flat.items():
+                self._board.add_scalar(title, number, metrics["samples"])
         if self._wandb:
             self._wandb.log(flat, step=metrics["samples"])
 
@@ -82,10 +88,16 @@ class Log:
                 f"{m['samples_per_second']:.0f} samples/s  {mfu}waiting for data {m['data_wait']:.1%}  "
                 f"left {left // 60:.0f}:{left % 60:02.0f}")
 
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        """Within, a full disk is a WorkFailed that names the file."""
+        return writing(self._folder / name,
+                       f"the last checkpoint is whole; make room, then `uniclip-train resume {self._folder}`")
+
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
-        self._board.close()
+        with self._writing("tensorboard"):
+            self._board.close()
         if self._wandb:
             self._wandb.finish()
 

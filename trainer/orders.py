@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _ANNOUNCED = {signal.SIGTERM: "SIGTERM: saving a checkpoint, then stopping",
               signal.SIGUSR1: "SIGUSR1: saving a checkpoint after this step"}
@@ -50,6 +50,7 @@ class Orders:
 
     def _note(self, number: int, _: object) -> None:
         self._asked, self.stop = self._asked + 1, self.stop or number == signal.SIGTERM
-        os.write(2, f"{_ANNOUNCED[signal.Signals(number)]}\n".encode())  # a handler may not use buffered files
+        with suppress(OSError):  # nobody listens
+            os.write(2, f"{_ANNOUNCED[signal.Signals(number)]}\n".encode())  # a handler may not use buffered files
         if self.stop and self._waiting:
             raise Stopped

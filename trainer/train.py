@@ -137,7 +137,8 @@ def _open(config: Config, t: Training, saver: Saver) -> tuple[Log | None, Ledger
     saver.newest = samples or None
     if t.ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / checkpoint.CONFIG) as temporary:
+        with (checkpoint.writing(folder / checkpoint.CONFIG, "make room, then give the same command again"),
+              replacing(folder / checkpoint.CONFIG) as temporary):
             temporary.write_text(config.to_toml(), encoding="utf-8")
         if samples:
             say(f"resuming {folder} at {samples:,} samples")

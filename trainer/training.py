@@ -152,24 +152,23 @@ def _rules(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def snapshot(config: Config, t: Training, seconds: float, with_optimizer: bool = True) -> checkpoint.Snapshot:
-    """A copy of all that a checkpoint holds, on the CPU: the run may go on. All ranks must call it when sharded."""
-    weights = {name: _copy(x) for name, x in t.model.state_dict().items()}
-    optimizer = _copies(get_optimizer_state_dict(t.model, t.optimizer)) if with_optimizer and t.optimizer.state else {}
-    memory = {name: _copy(x) for name, x in t.model.named_buffers() if name.startswith("auxiliary.")}
-    average = {name: _copy(x) for name, x in t.average.weights.items()} if t.average else None
+    """A copy of all that a checkpoint holds, on the CPU: the run may go on. All ranks must call it when sharded.
+
+    Rank 0 alone writes it, so the others hold nothing. (torch's `full_state_dict` with `cpu_offload` does the same on a GPU;
+    on a CPU it hands out the very tensors that training goes on to change.)
+    """
+    def copied(state: Any) -> Any:
+        if isinstance(state, Tensor):
+            x = whole(state).detach()
+            return x.to("cpu", copy=True).contiguous() if t.ranks.rank == 0 else torch.empty(0)
+        if isinstance(state, dict):
+            return {name: copied(value) for name, value in state.items()}
+        return [copied(value) for value in state] if isinstance(state, list) else state
+
+    weights = copied(t.model.state_dict())
+    optimizer = copied(get_optimizer_state_dict(t.model, t.optimizer)) if with_optimizer and t.optimizer.state else {}
+    memory = copied({name: x for name, x in t.model.named_buffers() if name.startswith("auxiliary.")})
+    average = copied(t.average.weights) if t.average else None
     tensors = checkpoint.Tensors(weights, optimizer, average, torch.get_rng_state(), memory)
     return checkpoint.Snapshot(tensors, t.tokenizer.to_json(), config.to_toml(), t.step, t.cursor,
                                t.seconds + seconds, t.skipped)
-
-
-def _copy(x: Tensor) -> Tensor:
-    return whole(x).detach().to("cpu", copy=True).contiguous()
-
-
-def _copies(state: Any) -> Any:
-    """The same nested dicts and lists, tensors copied."""
-    if isinstance(state, Tensor):
-        return _copy(state)
-    if isinstance(state, dict):
-        return {name: _copies(value) for name, value in state.items()}
-    return [_copies(value) for value in state] if isinstance(state, list) else state
