@@ -29,7 +29,7 @@ _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
             8: Image.Transpose.ROTATE_90}
 _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
-_SIGNATURES = {"HEIC, needs uniclip[heic]": rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",
+_SIGNATURES = {"HEIC, needs pillow-heif": rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",
                "JPEG XL": rb"\xff\x0a|\x00{3}\x0cJXL \r\n\x87\n",
                "JPEG 2000": rb"\xff\x4f\xff\x51|\x00{3}\x0cjP  \r\n\x87\n",
                "ICO": rb"\x00\x00\x01\x00[^\x00]\x00", "PSD": rb"8BPS"}
