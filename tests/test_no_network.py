@@ -15,6 +15,7 @@ from short_runs import TINY
 from test_architecture import ALL
 from webserver import serving
 
+from pipeline.evalsets import write_evalset
 from trainer import checkpoint
 from trainer.training import restored, snapshot
 
@@ -52,9 +53,9 @@ uniclip-train replay poisoned/failures/000000000064
 uniclip-train export run model --onnx
 uniclip-eval zeroshot run scenes/evalsets/colour
 uniclip-eval retrieval model scenes/evalsets/retrieval --out model.jsonl
-uniclip-eval knn run scenes/evalsets/colour
-uniclip-eval probe run scenes/evalsets/colour
-uniclip-eval finetune run scenes/evalsets/colour --epochs 1
+uniclip-eval knn run things
+uniclip-eval probe run things
+uniclip-eval finetune run things --epochs 1
 uniclip-eval suite run scenes/evalsets
 uniclip-eval compare run run
 uniclip-eval report run
@@ -100,6 +101,9 @@ def written(world: Path, port_url) -> None:
             image = world / "food" / "food-101" / "images" / f"{one}.jpg"
             image.parent.mkdir(parents=True, exist_ok=True)
             image.write_bytes(encoded(picture(int(one[-1]))))
+    for split, count in (("train", 40), ("test", 10)):
+        things = [(encoded(picture(i)), i % 2) for i in range(count)]
+        write_evalset(world / "things", split, things, "classification", ["one", "other"], ["{c}"])
     torch.save({"state_dict": {}}, world / "no-weights.pt")
 
 
