@@ -4,6 +4,8 @@
 and stops without a word at a damaged header and at an end mark that another tar follows.
 """
 
+import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -56,6 +58,8 @@ class Tar:
 
     def __init__(self, file: IO[bytes]):
         self._file, self._at, self._globals = file, 0, {}
+        local = isinstance(getattr(file, "raw", None), io.FileIO)
+        self._end = os.fstat(file.fileno()).st_size if local else None  # where a file on disk ends: it need not be read through
         self.inside = False
 
     def __iter__(self) -> Iterator[Member]:
@@ -81,10 +85,16 @@ class Tar:
         return data
 
     def _pass(self, member: Member) -> None:
-        while (left := member.offset + member.size - self._at) > 0:
-            self._bytes(min(left, _PIECE))
+        self._skip(member.offset + member.size)
         self.inside = False
         self._some(member.stop - self._at)  # padding; where it is missing, the next header is
+
+    def _skip(self, stop: int) -> None:
+        """Go on to `stop`. Raises Torn where the tar ends before."""
+        if self._end is not None and stop - self._at > _PIECE:
+            self._at = self._file.seek(min(stop, self._end))
+        while self._at < stop:
+            self._bytes(min(stop - self._at, _PIECE))
 
     def _some(self, size: int) -> bytes:
         """`size` bytes, or fewer at the end of the file."""
@@ -138,8 +148,7 @@ class Tar:
         """What an extended header tells of the next member. None where it cannot be read."""
         stop = self._at + -(-max(header.size, 0) // BLOCK) * BLOCK
         data = self._bytes(header.size) if 0 <= header.size <= MAX_HEADER else None
-        while self._at < stop:
-            self._bytes(min(stop - self._at, _PIECE))
+        self._skip(stop)
         if data is None:
             return None
         if header.type in _LONG:

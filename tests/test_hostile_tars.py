@@ -19,7 +19,7 @@ from pipeline.tarstream import parsed, raw_samples
 
 JPEG, END = encoded(picture(0, 16, 12)), bytes(1024)
 GIB = 2**30
-SECONDS, MIB = 60, 1024  # that a tar may take of a worker
+SECONDS, MIB = 60, 1024  # of a processor's time, and of memory, that a tar may take of a worker
 HUGE = {"12 GB image", "12 GB pax header", "12 GB long name", "12 GB text", "1 GB of zeros", "four images of 64 MB",
         "gzip bomb", "100,000 members without suffix", "sparse map of a million"}  # kept from the daily tests
 HARMLESS = {"10,000 pax headers", "10,000 global headers", "folder of 8 GB"}
@@ -162,9 +162,8 @@ import json, resource, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests")
 from test_hostile_tars import read_by_all
-began = time.monotonic()
 told = read_by_all(Path(sys.argv[1]))
-print(json.dumps([told, time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+print(json.dumps([told, time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """
 
 
@@ -182,7 +181,7 @@ def test_fifty_hostile_tars_cost_a_worker_neither_a_minute_nor_a_gigabyte(tmp_pa
     worst = [0.0, 0.0]
     for kind, pieces in TARS.items():
         path = write(tmp_path / "0.tar", pieces)
-        done = subprocess.run([sys.executable, "-c", RUN, path], capture_output=True, text=True, timeout=4 * SECONDS, cwd=ROOT)
+        done = subprocess.run([sys.executable, "-c", RUN, path], capture_output=True, text=True, timeout=10 * SECONDS, cwd=ROOT)
         assert done.returncode == 0, (kind, done.stderr)
         _, seconds, mib = json.loads(done.stdout)
         assert seconds < SECONDS and mib < MIB, (kind, seconds, mib)
