@@ -29,8 +29,31 @@ def fit(data: bytes, plain: bool) -> bytes:
     return data
 
 
+def execute(executor: Executor, encoded: Sequence[bytes | Exception], vectors: np.ndarray, ids: np.ndarray,
+            repaired: Recurring | None = None) -> tuple[Views, dict[int, str]]:
+    """The views, and position → reason of every image that is not there or that the executor broke on.
+
+    A batch on which it breaks is decoded again, picture by picture, and `repaired` is told. Raises what no image is to
+    blame for, from `encoded` and from the executor.
+    """
+    bad = {b: reason(data, Undecodable, OSError) for b, data in enumerate(encoded) if isinstance(data, Exception)}
+    given = [BLANK if isinstance(data, Exception) else data for data in encoded]
+    try:
+        return executor(given, vectors, ids), bad
+    except Undecodable as error:
+        traceback.clear_frames(error.__traceback__)  # they hold a batch of views, in cycles that only gc would find
+        if repaired:
+            repaired.happened(str(error))
+    for b, data in enumerate(given):  # an image nobody suspected: find it, and run again without it
+        try:
+            given[b] = plain_bytes(data)
+        except Undecodable as error:
+            given[b], bad[b] = BLANK, str(error)
+    return executor(given, vectors, ids), bad
+
+
 class Guarded:
-    """An executor that a bad image does not stop: a batch on which it breaks is decoded again, picture by picture."""
+    """An executor that a bad image does not stop, and that says how often a batch had to be repaired."""
 
     def __init__(self, executor: Executor):
         self._executor = executor
@@ -38,23 +61,8 @@ class Guarded:
 
     def __call__(self, encoded: Sequence[bytes | Exception], vectors: np.ndarray, ids: np.ndarray
                  ) -> tuple[Views, dict[int, str]]:
-        """The views, and position → reason of every image that is not there or that the executor broke on.
-
-        Raises what no image is to blame for, from `encoded` and from the executor.
-        """
-        bad = {b: reason(data, Undecodable, OSError) for b, data in enumerate(encoded) if isinstance(data, Exception)}
-        given = [BLANK if isinstance(data, Exception) else data for data in encoded]
-        try:
-            return self._executor(given, vectors, ids), bad
-        except Undecodable as error:
-            traceback.clear_frames(error.__traceback__)  # they hold a batch of views, in cycles that only gc would find
-            self.repaired.happened(str(error))
-        for b, data in enumerate(given):  # an image nobody suspected: find it, and run again without it
-            try:
-                given[b] = plain_bytes(data)
-            except Undecodable as error:
-                given[b], bad[b] = BLANK, str(error)
-        return self._executor(given, vectors, ids), bad
+        """As `execute`."""
+        return execute(self._executor, encoded, vectors, ids, self.repaired)
 
     def close(self) -> None:
         """Give back the executor's memory."""
