@@ -248,7 +248,7 @@ def test_finished_rows_are_skipped_until_something_they_depend_on_changes(
     assert set(rows[0]) == {
         "dataset", "split", "task", "metric", "n", "value", "interval", "chance", "main_metric", "weights_sha256",
         "data_sha256", "prompts_sha256", "transform", "protocol", "outcomes", "details", "alarm", "versions", "seed",
-        "checkpoint", "seconds", "created"}
+        "checkpoint", "seconds", "created", "crc32"}
 
 
 def test_classes_of_one_name_are_told(subject: Subject, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_sets_without_names_or_prompts_and_damaged_results_are_named(subject: Su
         evaluate("zeroshot", bench, [folder])
     (folder / "zeroshot_classification_templates.txt").write_text("{c}\n")
     (tmp_path / "r.jsonl").write_text('{"metric": "accuracy", "value": 1}\n{"metr\n')
-    with pytest.raises(InputError, match=r"r\.jsonl, line 2 is no result row"):
+    with pytest.raises(InputError, match=r"r\.jsonl, line 2 is damaged .*remove the line"):
         evaluate("zeroshot", bench, [folder])
     (tmp_path / "r.jsonl").unlink()
     with pytest.raises(WorkFailed):

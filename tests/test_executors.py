@@ -156,7 +156,7 @@ def test_dali_goes_on_after_a_broken_image(executors):
     dali, _ = executors
     good, broken = encoded(picture(0)), encoded(picture(0))[:-300]
     vectors = np.tile(IDENTITY, (2, 1, 1)).astype(np.float32)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(Undecodable):
         dali([good, broken], vectors, np.arange(2))
     views, _, _ = dali([good, good], vectors, np.arange(2))
     assert torch.equal(views[0][0], views[0][1])

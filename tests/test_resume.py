@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.console import InputError
+from pipeline.execution import Guarded
 from pipeline.files import sha256_of
 from pipeline.images import upright_rgb
 from pipeline.index import Index
@@ -52,8 +53,8 @@ class Nothing:
 
 
 def tokens(captions: list[str]) -> np.ndarray:
-    """The number at the end of each caption."""
-    return np.array([[int(caption.rpartition(" ")[2].replace(FORGOTTEN, "-1"))] for caption in captions])
+    """The number at the end of each caption; -2 for an empty one."""
+    return np.array([[int(caption.rpartition(" ")[2].replace(FORGOTTEN, "-1") or -2)] for caption in captions])
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -99,7 +100,7 @@ def loader(index: Index, batch: int, seen: int = 0, rank: int = 0, world: int = 
                   plan=make_plan(index, weights, np.array(sorted(skip), np.int64)), **options)
     if executor is None:
         made._executor.close()
-        made._executor = Nothing()
+        made._executor = Guarded(Nothing())
     return made
 
 
