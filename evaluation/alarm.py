@@ -18,6 +18,7 @@ from evaluation.catalogue import official_order
 GAIN, FACTOR = 0.05, 1.5  # the mean recall that another order must add, in all and as a factor
 NEARLY = 0.9  # of the best order's recall: a named cause that reaches it is preferred
 SURE = 1e-4  # how often chance may look like this; several orders are tried on many sets
+DISTINCT = 0.01  # as SURE, where every class has a name of its own: ten classes give 0.0004
 FEW, PLAIN = 8, 0.9  # below so many classes nothing is that sure: there, an order must explain nearly all answers
 
 Order = np.ndarray  # (C,): the line of classnames.txt that label i would mean
@@ -121,13 +122,16 @@ def _differ(share_CC: np.ndarray) -> bool:
 
     A model that sees pictures well and knows few of the words gives every class some name of its own choice. The best
     order explains up to 63 % of that; where the order is wrong and the model is good, hardly two classes share a name.
-    The number of different names is judged by its mean and variance (occupancy of C boxes by n balls).
+    The number of different names is judged by its mean and variance (occupancy of C boxes by n balls). Few classes with
+    images, of many named, get different names by chance: nothing can be told then.
     """
     seen_C, classes = share_CC.any(axis=1), len(share_CC)
     n, different = int(seen_C.sum()), len(np.unique(share_CC[seen_C].argmax(axis=1)))
     one, two = (1 - 1 / classes) ** n, (1 - 2 / classes) ** n
     mean, variance = classes * (1 - one), classes * one + classes * (classes - 1) * two - (classes * one) ** 2
-    return different >= min(n, mean + 3.7 * max(variance, 0) ** 0.5)  # 3.7 σ: SURE, one-sided
+    bound = mean + 3.7 * max(variance, 0) ** 0.5  # 3.7 σ: SURE, one-sided
+    all_differ = float(np.prod(1 - np.arange(n) / classes))  # by chance
+    return different >= bound or (different == n and all_differ < DISTINCT)
 
 
 def _message(share_CC: np.ndarray, order: Order, cause: str) -> str:

@@ -121,3 +121,13 @@ def drawn(sizes: str, model: str, seed: int, permuted_names: bool) -> str | None
     label_N = rng.permutation(np.repeat(np.arange(len(size_C := SIZES[sizes](rng))), size_C))
     said_N, order = MODELS[model](label_N, len(size_C), rng), rng.permutation(len(size_C))
     return permuted(label_N, order[said_N] if permuted_names else said_N, [f"n{i:03d}" for i in rng.permutation(len(size_C))])
+
+
+@pytest.mark.parametrize(("named", "with_images"), [(100, 10), (200, 20), (1000, 20), (1000, 50)])
+def test_a_few_classes_of_many_tell_no_order(named: int, with_images: int) -> None:
+    """A subset of a set: names of their own come by chance."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        label_N = np.repeat(rng.choice(named, with_images, replace=False), 40)
+        said_N = blurred(favourites(label_N, named, named, rng), named, 0.8, rng)
+        assert permuted(label_N, said_N, [f"n{i:04d}" for i in range(named)]) is None
