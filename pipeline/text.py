@@ -24,6 +24,11 @@ _SPACES = re.compile(r"\s+")
 CAPTION_CHARACTERS = 1_000_000  # of one sample's captions together; Flickr's longest description has 65,535
 _SEEN = re.compile("[0-9A-Za-z]")
 _CODE = re.compile(r"&(?:amp;|#38;|#x26;)*#?\w+;?|\x1b.*", re.IGNORECASE | re.DOTALL)  # entities, and a terminal's codes
+# An ampersand that was escaped again and again: ftfy takes off one layer a pass over all of the text. It does so up to the
+# first line with "<"; also where the letters are full-width.
+_LAYERS = re.compile("[&\uff06](?:(?:[a\uff41][m\uff4d][p\uff50]|[A\uff21][M\uff2d][P\uff30])[;\uff1b]"
+                     "|#0{0,18}(?:38|65286);|#[xX]0{0,18}(?:26|[fF][fF]06);)+")
+_GLANCE = 4096  # characters of a long caption, which mostly show whether it says something
 # Letters, marks and signs that nobody sees: fillers, joiners, the empty Braille pattern, variation selectors.
 _BLANK = {*"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0",
           *map(chr, range(0xFE00, 0xFE10)), *map(chr, range(0xE0100, 0xE01F0))}
@@ -33,8 +38,15 @@ def clean(caption: str) -> str:
     """CLIP's normalisation: mojibake mended, HTML entities decoded twice, spaces collapsed, lower case."""
     if caption.isascii() and caption.isprintable() and "&" not in caption:  # nothing to mend, and a fiftieth of the time
         return " ".join(caption.split()).lower()
-    caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    caption = html.unescape(html.unescape(ftfy.fix_text(_unlayered(caption))))
     return _SPACES.sub(" ", caption).strip().lower()
+
+
+def _unlayered(caption: str) -> str:
+    """What ftfy makes the same of, in a time that does not grow with the square of the length."""
+    tag = caption.find("<")
+    stop = len(caption) if tag < 0 else caption.rfind("\n", 0, tag) + 1
+    return _LAYERS.sub("&", caption[:stop]) + caption[stop:]
 
 
 def cleaned(captions: Sequence[str]) -> list[str]:
@@ -68,7 +80,13 @@ def says_nothing(caption: str) -> bool:
     """Whether a cleaned caption shows nothing: blanks, entities such as &nbsp;, zero-width and control characters."""
     if _SEEN.search(_CODE.sub("", caption) if "&" in caption or "\x1b" in caption else caption):
         return False  # what nearly all are, in a fiftieth of the time
-    return all(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs") or c in _BLANK for c in clean(caption))
+    if len(caption) > _GLANCE and not _blank(clean(re.sub(r"[&\x1b].{0,40}$", "", _unlayered(caption)[:_GLANCE]))):
+        return False  # what cleaning costs may grow with the square of the length
+    return _blank(clean(caption))
+
+
+def _blank(cleaned: str) -> bool:
+    return all(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs") or c in _BLANK for c in cleaned)
 
 
 def _byte_letters() -> list[str]:

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 
 import ftfy
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.text import Alike, CaptionTokenizer, clean
+from pipeline.text import Alike, CaptionTokenizer, clean, says_nothing
 
 CAPTIONS = ["a small red circle left of a large blue square", "Hello  WORLD!! it's 2024 &amp;amp; café 😀 naïve",
             "", "don't we'll 'quoted' -- 12345", "日本語テキスト", "a" * 400, "x " * 200, "weird\tspace â€œmojibakeâ€\x9d"]
@@ -90,3 +91,23 @@ def test_captions_are_alike_exactly_where_their_ids_are(make):
     ids = [row.tobytes() for row in tokenizer(captions)]
     alike = Alike(tokenizer)(captions)
     assert len(set(zip(ids, alike, strict=True))) == len(set(ids)) == len(set(alike)) < len(set(captions))
+
+
+LAYERED = ["amp;", "AMP;", "#38;", "#x26;", "#038;", "#X0026;", "#65286;", "ａｍｐ；", "lt;", "nbsp;", "#32;", "&", "＆", "<", "\n",
+           " ", "a", "é", "â€œ", ";"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(LAYERED), max_size=12).map(lambda parts: "&" + "".join(parts)))
+def test_an_ampersand_escaped_many_times_is_cleaned_as_ftfy_does(text):
+    assert clean(text) == re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip().lower()
+
+
+@pytest.mark.parametrize(("text", "nothing"), [("&" + "amp;" * 250_000, False), ("&" + "#38;" * 250_000, False),
+                                               ("＆" + "ａｍｐ；" * 250_000, False), ("&" + "amp;" * 249_999 + "nbsp;", True),
+                                               ("日" + "&amp;" * 199_999, False), ("&nbsp;" * 166_666, True)])
+def test_a_million_characters_are_judged_in_seconds(text, nothing):
+    begun = time.perf_counter()
+    assert says_nothing(text) is nothing
+    clean(text)
+    assert time.perf_counter() - begun < 4
