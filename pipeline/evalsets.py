@@ -175,11 +175,14 @@ def _manifest(folder: Path, files: list[Path]) -> str:
 
 
 def _whole(shard: Path) -> Iterator[Group]:
-    """The samples of a tar. Raises InputError for one that is not whole, or a member of none: a result covers a whole set."""
+    """The samples of a tar. Raises InputError for one that is not whole, or a member of none: a result covers a whole set.
+
+    Hidden members are passed over: they change no result.
+    """
     seen = set()
     try:
         with shard.open("rb") as file:
-            for group, following in pairwise(chain(groups(file), [None])):
+            for group, following in pairwise(chain((one for one in groups(file) if not one.hidden), [None])):
                 if torn := next((one for one in (group, following) if one and not one.key), None):
                     raise InputError(f"{shard} cannot be read as a WebDataset tar ({torn.flaw}): fetch or write it again")
                 assert group is not None

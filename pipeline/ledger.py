@@ -15,9 +15,15 @@ def _alone(*counts: int) -> list[int]:
     return list(counts)
 
 
+def _counts(line: dict) -> bool:
+    return line.get("sample", True)
+
+
 @dataclass
 class Ledger:
     """Counts samples as they are delivered. `path` gets one JSON line (samples, shard, key, reason) for each bad one.
+
+    A line with "sample": false tells of a tar's member that belongs to no sample; it does not count.
 
     over_ranks: counts of this process → their sums over all ranks, a collective. With it `seen` and `bad` are the whole
     run's, the ranks write to one file, and all of them stop at the same batch.
@@ -34,7 +40,7 @@ class Ledger:
                 ) -> "Ledger":
         """The ledger of a run that stands at `samples_seen`; its lines about samples until there count."""
         lines = read_lines(path, "remove the line: its sample will not count")
-        bad = sum(line["samples"] <= samples_seen for line in lines)  # a faster rank may have added to them
+        bad = sum(line["samples"] <= samples_seen and _counts(line) for line in lines)  # a faster rank may have added to them
         return cls(path, budget, samples_seen, bad, over_ranks)
 
     def count(self, samples: int, bad: list[dict]) -> None:
@@ -42,7 +48,7 @@ class Ledger:
         if bad and self.path:
             with naming(self.path), self.path.open("ab", buffering=0) as file:  # one write: ranks append to the same file
                 file.write(b"".join(sealed_json(line) + b"\n" for line in bad))
-        samples, found = self.over_ranks(samples, len(bad))
+        samples, found = self.over_ranks(samples, sum(map(_counts, bad)))
         self.seen, self.bad = self.seen + samples, self.bad + found
         if found and self.seen >= GRACE and self.bad > self.budget * self.seen:
             where = f"see {self.path}" if self.path or not bad else f"the last: {bad[-1]}"

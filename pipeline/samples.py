@@ -35,6 +35,16 @@ class Group:
     data: dict[str, bytes] = field(default_factory=dict)
     flaw: str = ""
 
+    @property
+    def loose(self) -> bool:
+        """Whether this is a member that belongs to no sample."""
+        return bool(self.key) and not self.members
+
+    @property
+    def hidden(self) -> bool:
+        """Whether this is such a member by its name: macOS puts ._0001.jpg beside 0001.jpg."""
+        return self.loose and self.key.rpartition("/")[2].startswith(".")
+
 
 class Unusable(ValueError):
     """A sample that cannot be trained on; the message is its class."""
@@ -74,7 +84,7 @@ def groups(file: BinaryIO) -> Iterator[Group]:
 def key_and_suffix(name: str) -> tuple[str, str] | None:
     """Key and suffix of a member's name; None where it belongs to no sample."""
     found = _KEY_AND_SUFFIX.match(name)
-    hidden = name.rpartition("/")[2].startswith(".")  # macOS puts ._0001.jpg beside 0001.jpg
+    hidden = name.rpartition("/")[2].startswith(".")
     return None if not found or hidden or _META.match(name) else (found[1], found[2].lower())
 
 

@@ -168,7 +168,8 @@ class StreamLoader:
                 keys, tar = Keys(), url
             row = keys.judge(group, row)
             if isinstance(row, Exception):
-                fault({"shard": url, "key": group.key, "reason": reason(row, Unusable, TimeoutError)})
+                loose = {"sample": False} if group.loose else {}
+                fault({"shard": url, "key": group.key, "reason": reason(row, Unusable, TimeoutError), **loose})
             elif self._stream.wants(row):
                 yield {**row, "url": url}
 

@@ -97,6 +97,14 @@ def test_a_foreign_layout_without_optional_files_is_read(tmp_path: Path) -> None
     assert list(open_evalset(tmp_path / "old").examples()) == [("a/1", RED, 7)]
 
 
+def test_hidden_members_change_no_result(labelled: Path) -> None:
+    expected = list(open_evalset(labelled).examples())
+    for tar in labelled.glob("test/*.tar"):
+        rewrite(tar, {key: value for name, data in members(tar).items()
+                      for key, value in ((f"._{name}", b"\0\5\x16\7"), (name, data))})
+    assert list(open_evalset(labelled).examples()) == expected
+
+
 WRONG = {
     "split": (lambda f: None, r"no split 'val'; splits present: test"),
     "too many counted": (lambda f: (f / "test/nshards.txt").write_text("3"), r"says 3, but 2 .*2\.tar is missing"),

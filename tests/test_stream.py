@@ -206,6 +206,17 @@ def seen_by_both(path: Path) -> tuple[list[tuple], list[tuple]]:
             [*sorted(indexed), *sorted(shard.unusable)])
 
 
+def test_members_of_no_sample_are_lines_outside_the_budget(tmp_path):
+    """As macOS packs a folder: before each file a hidden one."""
+    names = [(f"{n}.{suffix}", data) for n in range(120) for suffix, data in (("jpg", PICTURES[n % 3]), ("txt", b"a %d" % n))]
+    tar = write(tmp_path / "mac.tar", [one for name, data in names for one in ((f"._{name}", b"\0\5\x16\7"), (name, data))])
+    ledger = Ledger(tmp_path / "bad.jsonl", 0.01)
+    list(islice(start(Stream.open(str(tar), NONE), 30, ledger=ledger), 5))
+    lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
+    assert len({line["key"] for line in lines if line["reason"].startswith("no sample's file")}) >= 120
+    assert (ledger.seen, ledger.bad, Ledger.resumed(ledger.path, 0.01, 10**6).bad) == (150, 0, 0)
+
+
 PICTURES = [encoded(picture(n, 24, 18)) for n in range(3)]
 
 

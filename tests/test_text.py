@@ -93,8 +93,8 @@ def test_captions_are_alike_exactly_where_their_ids_are(make):
     assert len(set(zip(ids, alike, strict=True))) == len(set(ids)) == len(set(alike)) < len(set(captions))
 
 
-LAYERED = ["amp;", "AMP;", "#38;", "#x26;", "#038;", "#X0026;", "#65286;", "ａｍｐ；", "lt;", "nbsp;", "#32;", "&", "＆", "<", "\n",
-           " ", "a", "é", "â€œ", ";"]
+LAYERED = ["amp;", "AMP;", "#38;", "#x26;", "#038;", "#X0026;", "#65286;", "ａｍｐ；", "lt;", "nbsp;", "#32;", "&", "＆", "<",
+           "\n", " ", "a", "é", "â€œ", ";"]
 
 
 @settings(max_examples=300, deadline=None)

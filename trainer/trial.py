@@ -65,7 +65,7 @@ def pace(config: Config, t: Training, ranks: int, scratch: Path) -> tuple[Pace, 
     ledger = Ledger(scratch / "bad_samples.jsonl", budget=1.0)
     read, batch = _read(t, groups, ledger)
     lines = (scratch / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines() if ledger.bad else []
-    reasons = Counter(json.loads(line)["reason"] for line in lines)
+    reasons = Counter(line["reason"] for line in map(json.loads, lines) if line.get("sample", True))
     usable = len(_different(batch)) > 1
     trained = _train(config, t, batch) if usable else math.nan
     return Pace(ledger.seen, ledger.bad, reasons, read, trained), batch if usable else None
