@@ -17,7 +17,7 @@ BLOCK = 1 << 18
 _MARK = b"uniclip-checksums:"
 _FLAG = b"uniclip.checksums"  # of the schema: such a file without the line is damaged
 _TAIL = 10  # bytes of the footer's length and the magic
-_LINE_WITHIN = 1 << 24  # of the footer, which is long where a scan names many unusable samples
+_LINE_WITHIN = 1 << 24  # bytes before the footer
 
 
 def write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
@@ -70,15 +70,14 @@ class ArrowFile:
 
     def _seal(self) -> dict | None:
         """What the line says, its place added as `end`; None where there is none."""
-        footer_bytes = len(self._data) - _footer_at(self._data)
-        tail = bytes(self._data[-_LINE_WITHIN - footer_bytes:])
-        at = tail.rfind(_MARK)
-        if at < 0:
+        at = max(_footer_at(self._data), 0)  # behind it, and in the batches, strangers' names may look like the mark
+        line = bytes(self._data[max(at - _LINE_WITHIN, 0):at])
+        begins = line.rfind(_MARK)
+        if begins < 0 or line.find(b"\n", begins) != len(line) - 1:
             return None
-        line, _, footer = tail[at + len(_MARK):].partition(b"\n")
-        told = open_json(line)
-        self._end = len(self._data) - len(tail) + at
-        if told["block"] != BLOCK or crc32(footer) != told["footer"]:
+        told = open_json(line[begins + len(_MARK):-1])
+        self._end = at - len(line) + begins
+        if told["block"] != BLOCK or crc32(self._data[at:]) != told["footer"]:
             raise Damaged
         return told
 

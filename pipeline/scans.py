@@ -116,13 +116,22 @@ def scanned(folder: Path, names: list[str], workers: int | None, forgotten: Forg
         for name in _fresh(folder, [name for name in names if name not in found], workers):
             shard = _load(folder, name, forgotten)
             if shard is None:
-                raise InputError(f"{folder / name} changes while it is read: wait until it is written, then index again")
+                raise _lost(folder, name)
             found[name] = shard
             samples += len(shard.sample_id)
             meter.at(len(found), f"{samples:,} samples")
     _tidy(folder, names)
     _warn(folder, [found[name] for name in names])
     return [found[name] for name in names]
+
+
+def _lost(folder: Path, name: str) -> InputError:
+    """Why a scan that was just written cannot be used."""
+    try:
+        _read(path := scan_path(folder, name))
+    except UNREADABLE as error:
+        return InputError(f"{path} cannot be read as it was just written ({error}): look after the disk, then index again")
+    return InputError(f"{folder / name} changes while it is read: wait until it is written, then index again")
 
 
 def downloaded(tar: Path) -> str:

@@ -18,6 +18,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import pipeline.index
 import pipeline.indexing
+import pipeline.scans
 from pipeline import arrows
 from pipeline.console import InputError, WorkFailed
 from pipeline.index import Index
@@ -303,3 +304,22 @@ def test_a_source_that_names_no_source_is_left_out(tmp_path, monkeypatch):
         ("jpg", JPEG[i]), ("json", {"caption": "x", "source": f"http://page/{i}"}))])
     assert build(tmp_path, 1)["sources"] == [""]
     assert Index.open(tmp_path).source(2) == ""
+
+
+@pytest.mark.parametrize("name", ["uniclip-checksums:.txt", "uniclip-checksums:{}\n"])
+def test_a_member_named_like_a_mark_of_ours_is_indexed(tmp_path, name):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for member, data in (("a.jpg", encoded(picture(0))), ("a.txt", b"a cat"), (name, b"x")):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert build(tmp_path, 1)["counts"]["samples"] == 1
+    assert build(tmp_path, 1)["counts"]["samples"] == 1 and Index.open(tmp_path).file.sealed
+
+
+def test_a_scan_that_cannot_be_read_back_is_not_a_tar_that_changes(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    monkeypatch.setattr(pipeline.scans, "_fresh", lambda folder, names, workers: names)  # a disk that lost what was written
+    with pytest.raises(InputError, match=r"\.scans/.*\.arrow cannot be read"):
+        build(tmp_path, 1)
