@@ -135,7 +135,9 @@ def _put_back(saved: checkpoint.Tensors, model: UniCLIP, optimizer: torch.optim.
         if {name for group in saved.optimizer["param_groups"] for name in group["params"]} != names:
             raise ValueError("it names other parameters than the model has")
         rules = [_rules(group) for group in optimizer.param_groups]
-        set_optimizer_state_dict(model, optimizer, saved.optimizer, options=StateDictOptions(full_state_dict=True))
+        groups = [group | _machine_s(optimizer) for group in saved.optimizer["param_groups"]]
+        set_optimizer_state_dict(model, optimizer, saved.optimizer | {"param_groups": groups},
+                                 options=StateDictOptions(full_state_dict=True))
         if [_rules(group) for group in optimizer.param_groups] != rules:
             raise ValueError("its groups of parameters are other than [optim] says")
         for parameter, state in optimizer.state.items():
@@ -147,8 +149,14 @@ def _put_back(saved: checkpoint.Tensors, model: UniCLIP, optimizer: torch.optim.
 
 
 def _rules(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in group.items()
-            if name not in ("params", "lr")}
+    """What [optim] decides of a group, besides the rate, which each step sets anew."""
+    return {name: list(value) if isinstance(value := group.get(name), tuple) else value
+            for name in ("weight_decay", "lr_scale", "betas", "eps")}
+
+
+def _machine_s(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """How this device computes the step: a checkpoint of another one must not change it."""
+    return {name: optimizer.defaults[name] for name in ("fused", "foreach", "capturable")}
 
 
 def snapshot(config: Config, t: Training, seconds: float, with_optimizer: bool = True) -> checkpoint.Snapshot:

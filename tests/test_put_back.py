@@ -1,0 +1,38 @@
+"""What a checkpoint holds goes into a new run: on another device too, and only its own faults are called its own."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from trainer import checkpoint
+from trainer.training import _put_back
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_of_another_device_goes_on_as_this_device_computes(fused):
+    """On a GPU the optimizer is fused, on a CPU it is not."""
+    def made(fused: bool) -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}]
+        return model, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=fused)
+
+    def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+    first, before = made(not fused)
+    step(first, before)
+    saved = copy.deepcopy(get_optimizer_state_dict(first, before))
+    second, after = made(fused)
+    second.load_state_dict(first.state_dict())
+    _put_back(checkpoint.Tensors({}, saved, None, torch.get_rng_state()), second, after)
+    assert [group["fused"] for group in after.param_groups] == [fused]
+    step(first, before)
+    second.zero_grad()
+    second.weight.grad, second.bias.grad = first.weight.grad, first.bias.grad
+    after.step()
+    torch.testing.assert_close(second.weight, first.weight)
