@@ -1,14 +1,17 @@
 """What a checkpoint holds goes into a new run: on another device too, and only its own faults are called its own."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from pipeline.console import InputError, WorkFailed
 from trainer import checkpoint
 from trainer.training import _put_back
+from trainer.weights_file import fitting
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -36,3 +39,13 @@ def test_a_checkpoint_of_another_device_goes_on_as_this_device_computes(fused):
     second.weight.grad, second.bias.grad = first.weight.grad, first.bias.grad
     after.step()
     torch.testing.assert_close(second.weight, first.weight)
+
+
+@pytest.mark.parametrize("error", [WorkFailed("other samples"), torch.OutOfMemoryError("CUDA out of memory"),
+                                   torch.distributed.DistBackendError("a rank ended"), torch.AcceleratorError("CUDA error")])
+def test_what_the_work_met_is_not_called_the_file_s_fault(error):
+    with pytest.raises(type(error)) as met, fitting(Path("average.safetensors"), "the model"):
+        raise error
+    assert met.value is error
+    with pytest.raises(InputError, match=r"average.safetensors does not fit"), fitting(Path("average.safetensors"), "the model"):
+        raise RuntimeError("sizes must match")

@@ -15,7 +15,7 @@ from pipeline.console import InputError, WorkFailed, say
 from pipeline.schema import Batch
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.distributed import pick_device, process_group
+from trainer.distributed import Ranks, pick_device, process_group
 from trainer.objectives import Objective
 from trainer.parallel import whole
 from trainer.step import global_loss
@@ -88,9 +88,10 @@ def replay(folder: Path) -> None:
     with process_group(config.optim.batch_size, pick_device(config.run.device)) as (ranks, device):
         _, t = restored(folder, device, ranks)
         with fitting(folder, "this run"):
-            batch = _batch(config, t, kept)
-            if len(kept) == ranks.world:
-                torch.set_rng_state(read_safetensors(kept[ranks.rank])["rng"])
+            told_B, rng = _share(kept, ranks)
+        batch = _batch(config, t, told_B)
+        if rng is not None:
+            torch.set_rng_state(rng)
         objective = Objective(config, ranks, t.model.auxiliary)
         loss, _ = global_loss(config.optim, t, objective, batch)
         for line in _findings(t, objective, batch, loss):  # on all ranks: it asks them all
@@ -98,12 +99,17 @@ def replay(folder: Path) -> None:
                 say(line)
 
 
-def _batch(config: Config, t: Training, kept: list[Path]) -> Batch:
-    """This rank's share of the step's batch, checked against what was kept of it."""
+def _share(kept: list[Path], ranks: Ranks) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What was kept of this rank's share of the batch; the random state where there are as many ranks as there were."""
     told = [read_safetensors(path) for path in kept]
     count = sum(len(rank["valid"]) for rank in told)
-    mine = slice(t.ranks.rank * count // t.ranks.world, (t.ranks.rank + 1) * count // t.ranks.world)
-    told_B = {name: torch.cat([rank[name] for rank in told])[mine] for name in told[0] if name != "rng"}
+    mine = slice(ranks.rank * count // ranks.world, (ranks.rank + 1) * count // ranks.world)
+    told_B = {name: torch.cat([rank[name] for rank in told])[mine] for name in {*told[0]} - {"rng"} | {*BATCH}}
+    return told_B, told[ranks.rank]["rng"] if len(kept) == ranks.world else None
+
+
+def _batch(config: Config, t: Training, told_B: dict[str, Tensor]) -> Batch:
+    """This rank's share of the step's batch, checked against what was kept of it."""
     if config.data.index is None:
         views = [told_B[f"view{v}"] for v in range(told_B["vectors"].shape[1])]
         return Batch(views, *(told_B[name] for name in BATCH)).to(t.device)

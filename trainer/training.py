@@ -1,6 +1,7 @@
 """What a run consists of, and how it is put together: fresh, or as a checkpoint left it."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _assemble(config: Config, data: Indexed | Stream, tokenizer: CaptionTokenize
     if config.run.compile:
         model.image.compile()
         model.text.compile()
-    with fitting((source or Path()) / checkpoint.AVERAGE, "the model"):
+    with fitting(source / checkpoint.AVERAGE, "the model") if source else nullcontext():
         average = Average(model, samples, saved and saved.average) if (samples := config.optim.average_samples) else None
     optimizer = make_optimizer(model, config.optim)
     if saved:

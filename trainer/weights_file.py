@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.console import InputError
+from pipeline.console import InputError, WorkFailed
 
 Weights = dict[str, Tensor]
 _PLAIN = {"addict", "argparse", "collections", "copy_reg", "copyreg", "datetime", "easydict", "enum", "lightning",
@@ -165,10 +165,13 @@ def _form(x: Tensor | None) -> str:
 
 @contextmanager
 def fitting(path: Path, to: str, cure: str = "use another checkpoint") -> Iterator[None]:
-    """Within, what a file holds is put to use; where that goes wrong it is the file's fault: an InputError."""
+    """Within, what a file holds is put to use; where that goes wrong it is the file's fault: an InputError.
+
+    What the work itself met, such as a full GPU or a rank that ended, stays what it is.
+    """
     try:
         yield
-    except InputError:
+    except (InputError, WorkFailed, torch.AcceleratorError, torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
         raise InputError(f"{path} does not fit {to} ({one_line(error)}): {cure}") from None
