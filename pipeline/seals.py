@@ -18,6 +18,7 @@ from pipeline.files import replacing
 UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError, IndexError)  # what reading damaged bytes may raise
 _PART = 1 << 20
 _ENTRY = b', "crc32": "'  # then 8 hexadecimal digits and the end of the object
+_KEY = slice(3, 8)  # its letters; the rest is in other people's JSON too
 _TRAILER = b"uniclip-crc32:"  # then 8 hexadecimal digits and the end of the file
 _DIGITS = 8
 
@@ -55,7 +56,8 @@ def sealed_json(value: dict[str, Any], **style: Any) -> bytes:
 def is_sealed(text: bytes) -> bool:
     """Whether JSON ends, or ended before it was damaged, in its crc32."""
     at = -len(_ENTRY) - _DIGITS - 2
-    return any(_much_like(text[at + slip:][:len(_ENTRY)], _ENTRY) for slip in (0, -1))  # one byte of rubbish behind it
+    ends = [text[at + slip:][:len(_ENTRY)] for slip in (0, -1)]  # one byte of rubbish behind it
+    return any(_much_like(end, _ENTRY) and _much_like(end[_KEY], _ENTRY[_KEY]) for end in ends)
 
 
 def open_json(text: bytes) -> dict[str, Any]:
