@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import InputError
-from pipeline.seals import read_lines, sealed_json
+from pipeline.seals import is_sealed, read_lines, sealed_json
 
 Row = dict[str, Any]
 
@@ -59,11 +59,15 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows in one write, so that evaluations running side by side can share a file; a torn last line goes."""
+    """Add rows in one write, so that evaluations running side by side can share a file.
+
+    A torn last line goes; one that lacks only its end of line is a row for `read_lines`, and stays one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:
         file.seek(0)
         written = file.read()
-        if not written.endswith(b"\n") and written:
-            file.truncate(written.rfind(b"\n") + 1)
-        file.write(b"".join(sealed_json(row, ensure_ascii=False) + b"\n" for row in rows))
+        tail = written[written.rfind(b"\n") + 1:]
+        if tail and not is_sealed(tail):
+            file.truncate(len(written) - len(tail))
+        file.write(b"\n" * is_sealed(tail) + b"".join(sealed_json(row, ensure_ascii=False) + b"\n" for row in rows))

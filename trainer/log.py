@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.console import InputError, say
 from pipeline.files import replacing
-from pipeline.seals import open_json, sealed_json
+from pipeline.seals import is_sealed, open_json, sealed_json
 from trainer.checkpoint import writing
 from trainer.config import RunConfig
 from trainer.hints import Hints
@@ -23,21 +23,23 @@ METRICS, LEDGER = "metrics.jsonl", "bad_samples.jsonl"
 def cut_back(path: Path, samples_seen: int) -> None:
     """Drop the lines about samples after `samples_seen`: after a kill the file continues as if never stopped."""
     if path.is_file():
-        lines = path.read_bytes().splitlines(keepends=True)
+        *lines, last = path.read_bytes().split(b"\n")
+        lines += [last] * is_sealed(last)  # it lacks only its end; any other last line was torn by a kill
         told = [_samples(line) for line in lines]
         with replacing(path) as temporary:
-            temporary.write_bytes(b"".join(line for line, samples in zip(lines, told, strict=True)
+            temporary.write_bytes(b"".join(line + b"\n" for line, samples in zip(lines, told, strict=True)
                                            if samples is not None and samples <= samples_seen))
-        if damaged := told[:-1].count(None):
+        if damaged := told.count(None):
             say(f"warning: {path}: {damaged} damaged lines are left out")
 
 
 def _samples(line: bytes) -> int | None:
-    """What it is about; None where it is not whole: a kill may tear it, a power cut leave zeros."""
+    """What it is about; None where it is damaged: a power cut may leave zeros."""
     try:
-        return open_json(line)["samples"] if line.endswith(b"\n") else None
-    except (ValueError, KeyError):
+        samples = open_json(line).get("samples")
+    except (ValueError, RecursionError):
         return None
+    return samples if isinstance(samples, int) else None
 
 
 class Log:
