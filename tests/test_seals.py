@@ -34,7 +34,8 @@ def test_lines_of_a_log_that_tell_no_number_of_samples_are_left_out_and_counted(
     assert "3 damaged lines are left out" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("foreign", [{"a": 1, "split": "trainval"}, {"a": 1, "index": "abcdefgh"}, {"a": 1, "score": "abcdefghi"}])
+@pytest.mark.parametrize("foreign", [
+    {"a": 1, "split": "trainval"}, {"a": 1, "index": "abcdefgh"}, {"a": 1, "score": "abcdefghi"}])
 def test_other_people_s_json_of_the_form_of_ours_is_read_and_each_flipped_bit_of_ours_found(foreign):
     assert open_json(json.dumps(foreign).encode()) == foreign
     sealed = sealed_json(foreign)
