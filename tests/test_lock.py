@@ -1,6 +1,8 @@
 """Two runs in one folder: one does the work, the other is told; a dead one's folder is taken over, a live one's never."""
 
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import time
@@ -150,3 +152,58 @@ def test_a_run_that_was_suspended_and_replaced_ends(tmp_path):
     assert (process.returncode, errors.count("\n")) == (1, 1), errors
     assert "process 7 on node9 has taken over" in errors
     assert (tmp_path / "run" / lock.LOCK).exists(), "it removed the other's lock"
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_lock_that_a_disk_keeps_for_another_machine_is_taken_over_when_its_run_is_silent(tmp_path, monkeypatch, lives):
+    """As on a shared disk whose server still holds the lock of a machine that died: here another handle holds it."""
+    monkeypatch.setattr(lock, "EVERY", 0.1)
+    monkeypatch.setattr(lock, "SILENT", 0.5)
+    elsewhere(tmp_path, 0)
+    handle = os.open(tmp_path / lock.LOCK, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if lives:
+            monkeypatch.setattr(lock.time, "sleep", lambda _: elsewhere(tmp_path, 1))
+            with pytest.raises(InputError, match="process 7 on node9"), lock.alone_in(tmp_path, ALONE):
+                pytest.fail("a live run's folder")
+        else:
+            with lock.alone_in(tmp_path, ALONE):
+                assert json.loads((tmp_path / lock.LOCK).read_text())["process"] == os.getpid()
+    finally:
+        os.close(handle)
+
+
+def test_a_live_run_is_found_where_locks_do_not_reach_from_mount_to_mount_of_a_machine(tmp_path, monkeypatch):
+    """As between two containers: each gets the system's lock."""
+    monkeypatch.setattr(lock, "EVERY", 0.1)
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: None)
+    with (lock.alone_in(tmp_path / "run", ALONE), pytest.raises(InputError, match=f"is in use by a run, process {os.getpid()}"),
+          lock.alone_in(tmp_path / "run", ALONE)):
+        pytest.fail("a live run's folder")
+
+
+def test_a_run_counts_on_after_an_error_of_its_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "EVERY", 0.05)
+    read, failed = lock._read, []
+
+    def stale(run: Path) -> dict:
+        if len(failed) < 2:
+            failed.append(run)
+            raise OSError(116, "Stale file handle")
+        return read(run)
+
+    with lock.alone_in(tmp_path / "run", ALONE):
+        monkeypatch.setattr(lock, "_read", stale)
+        until(lambda: len(failed) == 2, "it did not count")
+        before = (tmp_path / "run" / lock.LOCK).read_bytes()
+        time.sleep(0.3)
+        assert (tmp_path / "run" / lock.LOCK).read_bytes() != before
+
+
+def test_a_folder_that_was_there_before_the_run_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new"):
+        with lock.alone_in(tmp_path / name, ALONE):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
