@@ -104,3 +104,26 @@ def test_a_folder_that_holds_something_else_is_refused(scenes, theirs, tmp_path)
     (again / "checkpoints" / "latest").unlink()  # as a fetch that was killed leaves it
     Mirror(url).fetch(again)
     assert checkpoint.read_state(checkpoint.find(again)).cursor.samples_seen == 32
+
+
+def test_a_fetch_that_is_stopped_tears_no_checkpoint_that_is_here_already(theirs, tmp_path, monkeypatch):
+    _, url = theirs
+    again, mirror = tmp_path / "again", Mirror(url)
+    mirror.fetch(again)
+    latest = checkpoint.find(again)
+
+    def stopped(source: str, target: str) -> None:
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mirror._fs, "get_file", stopped)
+        mirror.fetch(again)
+    assert checkpoint.read_state(latest).cursor.samples_seen == 32
+    (latest / "model.safetensors").write_bytes(b"half")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mirror._fs, "get_file", stopped)
+        mirror.fetch(again)
+    assert not (latest / "state.json").exists(), "a torn checkpoint passes for one"
+    mirror.fetch(again)
+    assert checkpoint.read_state(latest).cursor.samples_seen == 32

@@ -10,7 +10,8 @@ from typing import Any
 import fsspec
 
 from pipeline.console import InputError, WorkFailed, say
-from pipeline.files import replacing
+from pipeline.files import replacing, sha256_of
+from pipeline.seals import open_json
 from trainer.config import Config
 from trainer.config_file import as_changed, load_config
 
@@ -163,19 +164,33 @@ class Mirror:
 
     def _fetch(self, run: Path, name: str) -> None:
         source, folder = f"{self._root}/checkpoints/{name}", run / "checkpoints" / name
+        if not _holds(folder, self._fs.cat_file(f"{source}/{STATE}")):  # else a kill would tear what is whole
+            (folder / STATE).unlink(missing_ok=True)  # it is the last to come: without it the folder is no checkpoint
+            self._fetch_files(source, folder)
+        for log in LOGS:
+            if self._fs.exists(f"{self._root}/{log}"):
+                self._fs.get_file(f"{self._root}/{log}", str(run / log))
+
+    def _fetch_files(self, source: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         there = {path.rpartition("/")[2] for path in self._fs.ls(source, detail=False)}
         for file in FILES:
             if file in there:
                 self._fs.get_file(f"{source}/{file}", str(folder / file))
-        for log in LOGS:
-            if self._fs.exists(f"{self._root}/{log}"):
-                self._fs.get_file(f"{self._root}/{log}", str(run / log))
 
     def _names(self) -> list[str]:
         self._fs.invalidate_cache()
         entries = self._fs.ls(f"{self._root}/checkpoints", detail=True)
         return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+
+
+def _holds(folder: Path, state: bytes) -> bool:
+    """Whether the checkpoint with this state.json is here, and whole."""
+    try:
+        return (folder / STATE).read_bytes() == state and all(sha256_of(folder / name) == digest for name, digest
+                                                              in open_json(state)["hashes"].items())
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, AttributeError, RecursionError):
+        return False
 
 
 def _alike(config: Config, folder: Path) -> Config:
