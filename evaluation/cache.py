@@ -91,18 +91,23 @@ class Cache:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 damage = f"{META}: {error}"
             if not whole:
-                say(f"{entry}, {damage}: damaged or of an older version, it is computed again")
+                say(f"{entry}, {damage}: damaged, it is computed again")
                 shutil.rmtree(entry)
         self.hits, self.misses = self.hits + whole, self.misses + (not whole)
         return whole
 
 
 def _meta(entry: Path) -> dict[str, Any]:
-    return open_json((entry / META).read_bytes())
+    """`shapes`, and `sha256` unless an older version wrote it: that told the shapes alone."""
+    meta = open_json((entry / META).read_bytes())
+    return meta if "shapes" in meta else {"shapes": meta}
 
 
 def _damage(entry: Path, meta: dict[str, Any]) -> str:
     """The first file that is not what was written, empty where all are."""
+    if SUMS not in meta:
+        return next((f"{name}.f32" for name, (n, width) in meta["shapes"].items()
+                     if not n or (entry / f"{name}.f32").stat().st_size != 4 * n * width), "")
     files = [*(f"{name}.f32" for name in meta["shapes"]), *meta[SUMS]]
     return next((name for name in files if sha256_of(entry / name) != meta[SUMS][name]), "")
 
@@ -126,7 +131,7 @@ def _building(entry: Path, ranks: Ranks) -> Iterator[Path]:
             yield partial
         if first:
             sums = {path.name: sha256_of(path) for path in partial.iterdir() if path.name != META}
-            write_sealed_json(partial / META, {"shapes": _meta(partial), SUMS: sums})
+            write_sealed_json(partial / META, _meta(partial) | {SUMS: sums})
         if first and not entry.exists():  # else another process was faster; what it wrote is the same
             partial.rename(entry)
         ranks.wait()

@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -38,9 +39,10 @@ from pipeline.evalsets import CLASSIFICATION, EvalSet, open_evalset, splits_of
 from pipeline.files import replacing
 from pipeline.images import upright_rgb
 from pipeline.schema import MEAN, STD
-from pipeline.seals import Damaged, with_trailer, without_trailer
+from pipeline.seals import Damaged, has_trailer, with_trailer, without_trailer
 from trainer.batches import IMAGE_BATCH
 from trainer.metrics import ranks_in
+from trainer.weights_file import one_line
 
 STATE = "state.pt"
 _RANGES = {"lr": (1e-8, 10.0), "layer_decay": (0.01, 1.0), "mixup": (0.0, 100.0), "cutmix": (0.0, 100.0),
@@ -212,11 +214,12 @@ def _resumed(scratch: Path, model: VisionTransformer, optimizer: torch.optim.Opt
     """Epochs already done; the folder's name says with which recipe, weights and data."""
     if not (scratch / STATE).exists():
         return 0
+    data = (scratch / STATE).read_bytes()
     try:
-        file = io.BytesIO(without_trailer((scratch / STATE).read_bytes()))
-    except Damaged as error:
-        raise InputError(f"{scratch / STATE} is damaged, or of an older version ({error}): remove it to begin again") from None
-    saved = torch.load(file, weights_only=True, map_location="cpu")
+        data = without_trailer(data) if has_trailer(data) else data  # older versions wrote none
+        saved = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except (Damaged, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{scratch / STATE} is damaged ({one_line(error)}): remove it to begin again") from None
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     say(f"resuming {scratch} after {saved['epochs']} epochs")

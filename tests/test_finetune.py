@@ -1,7 +1,9 @@
 """Fine-tuning: stopped and begun again it is the run that was never stopped, and its layers learn at their own rates."""
 
+import io
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,20 @@ def test_stopped_and_begun_again_it_ends_as_if_never_stopped(subject: Subject, f
     assert epochs == [1, 2, 3] and rows[0]["value"] == whole[0]["value"]
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("end", [None, 60])
+def test_a_state_of_an_older_version_without_checksum_is_taken_and_half_of_one_named(tmp_path: Path, end: int | None) -> None:
+    model: Any = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": 3}, file)
+    (tmp_path / STATE).write_bytes(file.getvalue()[:end])
+    if end is None:
+        assert module._resumed(tmp_path, model, optimizer) == 3
+    else:
+        with pytest.raises(InputError, match="state.pt is damaged"):
+            module._resumed(tmp_path, model, optimizer)
 
 
 def test_rates_fall_with_depth_and_follow_the_schedule(subject: Subject) -> None:
