@@ -170,7 +170,7 @@ def _machine() -> str:
 def _processes() -> str:
     """Within which numbers of processes are unique: containers on one machine have their own."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:  # not Linux
         return ""
 
