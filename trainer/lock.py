@@ -162,7 +162,7 @@ def _read(run: Path) -> dict[str, Any]:
 def _machine() -> str:
     """Differs between machines, and on one between its starts."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:  # not Linux
         return socket.gethostname()
 
