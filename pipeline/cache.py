@@ -107,12 +107,15 @@ class Cache:
         try:
             with driving():
                 self.fetch(told.name, temporary)
-            if _size(temporary) != told.size or sha256_of(temporary) != told.sha256:
+            if (size := _size(temporary)) is None:
+                raise OSError("its copy went while it was made")
+            if size != told.size or sha256_of(temporary) != told.sha256:
                 self._tries[shard] = TRIES  # the store would give the same again
                 raise OSError("its content is not what the index knows: copy the shard there again, or index it anew")
             temporary.replace(target)
-        finally:
+        except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
         return True
 
     def _make_room(self, size: int, keep: set[str]) -> bool:

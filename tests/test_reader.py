@@ -402,3 +402,23 @@ print(*marks)  # the stream is left open: the process must end well all the same
     assert done.returncode == 0, done.stderr
     marks = [int(word) for word in done.stdout.split()]
     assert min(marks[12:]) <= min(marks[:6]) + 20, f"MB after each of 18 epochs: {marks}"
+
+
+def test_a_copy_that_another_process_removed_is_tried_again(tmp_path):
+    data, tries = b"x" * 99, []
+
+    def fetch(name, to):
+        tries.append(name)
+        to.write_bytes(data)
+        if len(tries) == 1:
+            to.unlink()
+
+    cache = Cache(tmp_path / "cache", 1000, fetch, [Copied("0.tar", 99, hashlib.sha256(data).hexdigest())])
+    for _ in range(100):
+        cache.want([0])
+        cache._wake.set()
+        time.sleep(0.02)
+        if cache.path(0).exists():
+            break
+    cache.close()
+    assert len(tries) == 2 and cache.path(0).read_bytes() == data
