@@ -139,7 +139,11 @@ def _against(path: Path, told: list[_Told], root: Path) -> Iterator[Fault]:
     if not path.is_file():
         yield Fault(path, f"is missing, {_short(told[0].by, root)} tells of it", told[0].cure)
         return
-    found = sha256_of(path)
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        yield Fault(path, f"cannot be read: {error.strerror or error}", told[0].cure)
+        return
     wrong = [one for one in told if one.sha256 != found]
     if wrong:
         yield Fault(path, f"is not what it was: another sha256 than in {' and '.join(_short(one.by, root) for one in wrong)}",

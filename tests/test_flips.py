@@ -18,6 +18,7 @@ from test_download import HERE
 from tiny import tiny_run
 from webserver import serving
 
+import pipeline.verify
 from evaluation.cache import Cache
 from evaluation.curves import read_metrics
 from evaluation.results import append_rows, read_rows
@@ -222,3 +223,17 @@ def test_verify_ends_with_1_and_names_file_and_cure(tmp_path: Path) -> None:
     assert f"{folder}/00000.tar  is missing, manifest.json tells of it" in done.stdout
     assert "put a copy back" in done.stdout and "2  of 7 files" in done.stdout
     assert command("uniclip-data", "verify", tmp_path / "nowhere").returncode == 2
+
+
+def test_verify_names_a_file_that_cannot_be_read_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path / "set", [(encoded(drawing(n)), {"caption": "a"}) for n in range(4)], per_tar=2)
+    real = pipeline.verify.sha256_of
+
+    def broken(path: Path) -> str:
+        if path.name == "00000.tar":
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(pipeline.verify, "sha256_of", broken)
+    found = verify(folder, 1)
+    assert [(fault.path.name, fault.found) for fault in found.faults] == [("00000.tar", "cannot be read: Input/output error")]
