@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 from pipeline.console import err
 
 # What a killed command may leave half written; others may be at work on other names, on other machines too.
-_HALVES = (".index.arrow.*.tmp", ".manifest.json.*.tmp", ".quarantine.jsonl.*.tmp", ".forgotten.parquet.*.tmp", ".scans/.*.tmp")
+_HALVES = (".index.arrow.*.tmp", ".manifest.json.*.tmp", ".quarantine.jsonl.*.tmp", ".forgotten.parquet.*.tmp",
+           ".scans/.*.arrow.*.tmp", ".scans/.*.npy.*.tmp")
+_HASHED = 6 * 3600.0  # seconds: `duplicates` writes .npy files, on another machine perhaps, and nobody waits for it
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
@@ -82,6 +85,8 @@ def _sweep(folder: Path) -> None:
     """Remove what killed processes left half written."""
     for path in (path for pattern in _HALVES for path in folder.glob(pattern)):
         try:
+            if ".npy." in path.name and time.time() - path.stat().st_mtime < _HASHED:
+                continue
             os.kill(int(path.name.split(".")[-2]), 0)
         except ProcessLookupError:
             with suppress(OSError):  # in a folder that is not ours

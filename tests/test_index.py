@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from conftest import command, encoded, picture
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+import pipeline.files
 import pipeline.index
 import pipeline.indexing
 import pipeline.scans
@@ -323,3 +325,13 @@ def test_a_scan_that_cannot_be_read_back_is_not_a_tar_that_changes(tmp_path, mon
     monkeypatch.setattr(pipeline.scans, "_fresh", lambda folder, names, workers: names)  # a disk that lost what was written
     with pytest.raises(InputError, match=r"\.scans/.*\.arrow cannot be read"):
         build(tmp_path, 1)
+
+
+def test_hashes_that_another_machine_may_be_writing_are_not_swept(tmp_path):
+    (tmp_path / ".scans").mkdir()
+    scan_, old, new = (tmp_path / ".scans" / f".{name}.99999999.tmp" for name in ("0.arrow", "old.npy", "new.npy"))
+    for path in (scan_, old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    with pipeline.files.alone([tmp_path]):
+        assert [path.exists() for path in (scan_, old, new)] == [False, False, True]
