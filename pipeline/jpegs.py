@@ -71,7 +71,8 @@ def is_cut(data: bytes, built: Layout, picture: Image.Image, decoded: Callable[[
         except (OSError, SyntaxError):  # what Pillow raises on a scan that is none any more
             return False
 
-    hole = data.find(_HOLE, built.last, built.end)
+    start = built.last + int.from_bytes(data[built.last:built.last + 2])  # behind the scan's header
+    hole = data.find(_HOLE, start, built.end)
     if built.coding in _SEQUENTIAL and built.scans == 1 and hole < 0 and not _ends_grey(picture):
         return False
     if not same(data[:built.end] + _NOISE):

@@ -96,6 +96,7 @@ def jpegs() -> dict[str, bytes]:
         "zeros, progressive": encoded(flat, progressive=True), "zeros, grey": encoded(flat.convert("L"), optimize=True),
         "mid-grey end": encoded(grey), "mid-grey end, optimised": encoded(grey, optimize=True),
         "mid-grey end, progressive": encoded(grey, progressive=True),
+        "one mid-grey": encoded(Image.new("RGB", (800, 600), (128, 128, 128)), optimize=True),
         "one flat colour": encoded(Image.new("L", (3000, 3000)), progressive=True),
         "something behind the end": encoded(photo) + bytes(999) + encoded(picture(4)),
         "zeros before the end": encoded(photo)[:-2] + bytes(200) + b"\xff\xd9",
