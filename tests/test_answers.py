@@ -112,7 +112,8 @@ def test_a_picture_that_is_labelled_but_not_encoded_is_taken_as_it_is(site, codi
 
 @pytest.mark.parametrize(("coding", "body", "reason", "passing"), [
     ("br", b"\x1b\x0e\x00\x00picture", "bad encoding", False), ("zstd", b"\x28\xb5\x2f\xfd", "bad encoding", False),
-    ("gzip", gzip.compress(BODY * 99)[:20], "connection broken", True), ("deflate", b"\xff" * 99, "bad encoding", False),
+    ("gzip", gzip.compress(BODY * 99, mtime=0)[:20], "connection broken", True),  # no time: names of tests must not change
+    ("deflate", b"\xff" * 99, "bad encoding", False),
     ("gzip", b"\x1f\x8bnonsense", "bad encoding", False), (", ".join(["gzip"] * 4), BODY, "bad encoding", False),
 ])
 def test_what_cannot_be_decoded_is_named(site, coding, body, reason, passing):
