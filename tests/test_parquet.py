@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import parquet
+from pipeline.schema import URLS
 from pipeline.seals import UNREADABLE
 
 MARK = "crc32 of this file, with zeros here: 12345678"
@@ -24,6 +25,14 @@ def test_a_stranger_s_text_is_no_checksum(tmp_path: Path, caption: str) -> None:
     parquet.write(tmp_path / "ours.parquet", table)
     file, sealed = parquet.read(tmp_path / "ours.parquet")
     assert sealed and file.read().equals(table)
+
+
+def test_a_table_that_an_older_version_wrote_is_read(tmp_path: Path) -> None:
+    """With our schema's name in it, and no checksum."""
+    table = URLS.empty_table()
+    pq.write_table(table, tmp_path / "urls.parquet")
+    file, sealed = parquet.read(tmp_path / "urls.parquet")
+    assert not sealed and file.read().equals(table)
 
 
 def test_each_flipped_bit_of_our_own_is_found(tmp_path: Path) -> None:
