@@ -124,7 +124,7 @@ def finetune(
                                        "it is chosen.")] = "test",
     epochs: Annotated[int, typer.Option(min=1)] = 16,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of the head and the last layer.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the head and the last layer.")] = 3e-4,
     layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the next.")] = 0.9,
     mixup: Annotated[float, typer.Option(help="Mixup's α; 0 turns it off.")] = 0.0,
     cutmix: Annotated[float, typer.Option(help="CutMix's α; 0 turns it off.")] = 0.0,

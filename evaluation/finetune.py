@@ -55,12 +55,13 @@ class Recipe:
 
     The defaults are for small towers and thousands of pictures: of two recipes that saw clothing.tar's training split for 16
     epochs they had 46.9 % of its validation split right, mixup, cutmix, RandAugment, erasing, crops from 0.3 and a decay of
-    0.75 36.4 %. Large towers and ImageNet want those.
+    0.75 36.4 %. Large towers and ImageNet want those. A learning rate of 3e-4 had 46.9 % of the same split right, 1e-3 46.0 %
+    (another model, level); on CIFAR-10's validation split 47.5 % against 42.4 %.
     """
 
     epochs: int = 16
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 3e-4
     layer_decay: float = 0.9
     mixup: float = 0.0
     cutmix: float = 0.0
